@@ -1,0 +1,25 @@
+"""Train language models with human feedback: one backbone, two heads, from pre-training to PPO."""
+
+from __future__ import annotations
+
+from twinhead.engine import ppo, reward, sft
+from twinhead.engine.batch import Example, Packed, Rollout, pack
+from twinhead.engine.generate import Sampling, generate
+from twinhead.engine.policy import Policy, RewardModel, Scored
+from twinhead.engine.text import Text
+
+__all__ = [
+    "Example",
+    "Packed",
+    "Policy",
+    "RewardModel",
+    "Rollout",
+    "Sampling",
+    "Scored",
+    "Text",
+    "generate",
+    "pack",
+    "ppo",
+    "reward",
+    "sft",
+]

@@ -1,0 +1,146 @@
+"""The one attention function that Hugging Face's modelling code calls: over ragged sequences, or one token per slot.
+
+Registered under the name "twinhead" with `transformers.AttentionInterface`. No mask function is registered with it, so
+transformers builds no (T, T) mask. The layout of the tokens arrives as the keyword argument `layout` of the model's
+forward, which every supported architecture hands down to its attention layers (the self-check counts the calls).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+NAME = "twinhead"
+
+# Below this length one padded call beats a loop over sequences: its launch costs more than the wasted products
+# (benchmarks/NOTES.md, "short sequences").
+SHORT = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Sequences laid end to end along one row of tokens."""
+
+    lengths: tuple[int, ...]
+
+    def columns(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(T,) the sequence of every token, and (T,) its position in it."""
+        lengths = torch.tensor(self.lengths, device=device)
+        sequence = torch.repeat_interleave(torch.arange(len(self.lengths), device=device), lengths)
+        start = (lengths.cumsum(0) - lengths)[sequence]
+        return sequence, torch.arange(len(sequence), device=device) - start
+
+
+@dataclass(slots=True)
+class Slots:
+    """One new token in each of B slots of the cache, whose keys 0..positions[b] are valid."""
+
+    positions: Tensor  # (B,) int64, where the new token goes
+    span: int  # keys to read: max(positions) + 1, known on the host
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> Tensor:
+        """(B, 1, 1, span) bool: True where a key may be read."""
+        if window not in self.masks:
+            keys = torch.arange(self.span, device=self.positions.device)
+            seen = keys <= self.positions[:, None]
+            if window is not None:
+                seen &= keys > self.positions[:, None] - window
+            self.masks[window] = seen[:, None, None]
+        return self.masks[window]
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,  # (1, H, T, D) ragged, (B, H, 1, D) slots
+    key: Tensor,  # (1, G, T, D) ragged, (B, G, span, D) slots; G divides H
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    layout: Ragged | Slots | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **other: Any,
+) -> tuple[Tensor, None]:
+    """(1, T, H, D) or (B, 1, H, D): softmax(q k / sqrt(D)) v over the keys that causality, window and layout allow."""
+    if layout is None:
+        raise ValueError("the modelling code does not hand keyword arguments (`layout`) down to its attention layers")
+    if other.get("s_aux") is not None:
+        raise ValueError("attention sinks (s_aux) are not supported: use a decoder without them")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(layout, Slots):
+        return _slots(query, key, value, layout.mask(sliding_window), scale, softcap), None
+    return _ragged(query, key, value, layout, scale, sliding_window, softcap), None
+
+
+def _ragged(
+    query: Tensor, key: Tensor, value: Tensor, layout: Ragged, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    longest = max(layout.lengths)
+    mask = None
+    if softcap is not None or (window is not None and window < longest):
+        mask = _band(longest, window, query.device)
+    if len(layout.lengths) > 1 and longest <= SHORT:
+        return _padded(query, key, value, layout, scale, mask, softcap)
+    outputs = []
+    for q, k, v in zip(*(x.split(layout.lengths, dim=2) for x in (query, key, value)), strict=True):
+        n = q.shape[2]
+        outputs.append(_causal(q, k, v, scale, None if mask is None else mask[:n, :n], softcap))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _padded(
+    query: Tensor, key: Tensor, value: Tensor, layout: Ragged, scale: float, mask: Tensor | None, softcap: float | None
+) -> Tensor:
+    """Right padding needs no mask under causality: a real token never sees what follows it."""
+    sequence, position = layout.columns(query.device)
+
+    def pad(x: Tensor) -> Tensor:
+        padded = x.new_zeros(len(layout.lengths), max(layout.lengths), *x.shape[1::2])
+        return padded.index_put((sequence, position), x[0].transpose(0, 1)).transpose(1, 2)
+
+    out = _causal(pad(query), pad(key), pad(value), scale, mask, softcap)  # (S, H, longest, D)
+    return out.transpose(1, 2)[sequence, position][None]
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, softcap: float | None) -> Tensor:
+    if softcap is not None:
+        assert mask is not None, "softcapped attention is computed with an explicit mask"
+        return _softcapped(q, k, v, mask, scale, softcap)
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=gqa)
+
+
+def _slots(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Heads of one group share their keys: as rows of one query they need no repeated keys."""
+    batch, heads, _, dim = q.shape
+    groups = k.shape[1]
+    q = q.reshape(batch, groups, heads // groups, dim)
+    if softcap is not None:
+        out = _softcapped(q, k, v, mask, scale, softcap)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out.reshape(batch, 1, heads, v.shape[-1])
+
+
+def _softcapped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
+    """Gemma 2's attention: softcap * tanh(scores / softcap) before the softmax; no fused kernel has it everywhere."""
+    if q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap)) * softcap
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def _band(length: int, window: int | None, device: torch.device) -> Tensor:
+    """(length, length) bool: query i reads keys i-window+1 .. i."""
+    lower = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return lower if window is None else lower.triu(1 - window)
+
+
+AttentionInterface.register(NAME, attend)

@@ -1,0 +1,85 @@
+"""The slot cache: one contiguous stretch of keys and values per running sequence, refilled as sequences finish."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from twinhead.engine.attention import Ragged, Slots
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one attention layer, (slots, heads, capacity, D) each."""
+
+    is_sliding = False
+
+    def __init__(self, owner: SlotCache) -> None:
+        super().__init__()
+        self.owner = owner
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        shape = (self.owner.num_slots, key_states.shape[1], self.owner.capacity)
+        self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
+        self.values = value_states.new_zeros(*shape, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new tokens where the owner's layout says; return what attention reads."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows, columns = self.owner.rows, self.owner.columns
+        if isinstance(self.owner.layout, Ragged):  # prefill: prompts attend to themselves, packed
+            self.keys[rows, :, columns] = key_states[0].transpose(0, 1)
+            self.values[rows, :, columns] = value_states[0].transpose(0, 1)
+            return key_states, value_states
+        self.keys[rows, :, columns] = key_states[:, :, 0]
+        self.values[rows, :, columns] = value_states[:, :, 0]
+        batch, span = len(rows), self.owner.layout.span
+        return self.keys[:batch, :, :span], self.values[:batch, :, :span]
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return self.owner.capacity
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.owner.capacity, 0
+
+
+class SlotCache(Cache):
+    """`num_slots` sequences of at most `capacity` tokens. Running sequences always occupy slots 0..B-1, so that a
+    decode step reads a view of the buffers and copies nothing."""
+
+    def __init__(self, num_layers: int, num_slots: int, capacity: int) -> None:
+        self.num_slots, self.capacity = num_slots, capacity
+        self.layout: Ragged | Slots
+        self.rows: Tensor
+        self.columns: Tensor
+        super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
+
+    def prefill(self, slots: Sequence[int], lengths: Sequence[int], device: torch.device) -> Ragged:
+        """The next forward carries whole prompts, packed, into these slots."""
+        layout = Ragged(tuple(lengths))
+        sequence, self.columns = layout.columns(device)
+        self.rows = torch.tensor(list(slots), device=device)[sequence]
+        self.layout = layout
+        return layout
+
+    def decode(self, positions: Tensor, span: int) -> Slots:
+        """The next forward carries one token for each of the slots 0..len(positions)-1, written at `positions`."""
+        layout = Slots(positions, span)
+        self.rows, self.columns = torch.arange(len(positions), device=positions.device), positions
+        self.layout = layout
+        return layout
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy a running sequence of `length` tokens into another slot."""
+        for layer in self.layers:
+            layer.keys[target, :, :length] = layer.keys[source, :, :length]
+            layer.values[target, :, :length] = layer.values[source, :, :length]

@@ -1,0 +1,175 @@
+"""The `twinhead` command: each training stage, and what one does with their checkpoints."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from twinhead.engine import data, demo, ppo, report, reward, scorers, sft
+from twinhead.engine.config import Source, check, parse
+from twinhead.engine.evaluate import perplexity, reward_accuracy, win_rate
+from twinhead.engine.generate import Sampling, generate
+from twinhead.engine.policy import Policy, RewardModel
+from twinhead.engine.text import Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Sampling):
+    """Answer prompts: one given on the command line, or the rows of a file."""
+
+    model: str
+    prompt: str = ""  # one prompt as text
+    prompts: Source = ""  # rows with a prompt
+    output: str = ""  # JSONL file to write instead of the terminal
+    max_prompt_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, prompts=(bool(self.prompt) != bool(self.prompts), "either --prompt or --prompts"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measure a checkpoint: perplexity on demonstrations, a reward model's accuracy, a win rate against a baseline."""
+
+    model: str = ""  # policy to measure
+    data: Source = ""  # demonstrations: held-out loss and perplexity of `model`
+    text: Source = ""  # plain text: the same
+    reward_model: str = ""  # judge of the win rate, or the reward model to measure
+    comparisons: Source = ""  # rankings: accuracy of `reward_model`
+    baseline: str = ""  # policy to win against
+    prompts: Source = ""  # prompts of the contest
+    max_length: int = 1024
+    max_new_tokens: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        measured = (self.model and (self.data or self.text)) or (self.reward_model and self.comparisons)
+        contest = self.model and self.baseline and self.prompts and self.reward_model
+        if not (measured or contest):
+            raise ValueError(
+                "nothing to measure: expected --model with --data or --text, --reward_model with --comparisons, "
+                "or --model, --baseline, --prompts and --reward_model"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Draw the learning curves of a run into its folder, as report.html."""
+
+    run: str  # a run's output_dir
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 after an error in one sentence, 130 after an interrupt."""
+    given = list(sys.argv[1:] if args is None else args)
+    if not given or given[0] in ("-h", "--help", "help"):
+        Console().print(usage(), highlight=False)
+        return 0 if given else 1
+    name, rest = given[0], given[1:]
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            raise ValueError(f"unknown command{f', did you mean {near[0]}?' if near else ''} (see twinhead --help)")
+        config_type, command = COMMANDS[name]
+        command(parse(config_type, rest, f"twinhead {name}"))
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"twinhead {name}: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\ntwinhead {name}: interrupted; the same command goes on from the last checkpoint\n")
+        return 130
+    return 0
+
+
+def usage() -> str:
+    """The commands, one line each."""
+    lines = [f"  {name:<10}{(config.__doc__ or '').splitlines()[0]}" for name, (config, _) in COMMANDS.items()]
+    first = "usage: twinhead COMMAND [--config file.yaml] [--key value ...]"
+    return "\n".join([first, "", *lines, "", "twinhead COMMAND --help lists the options."])
+
+
+def run_demo(config: demo.Config) -> None:
+    """The whole pipeline on real text."""
+    console = Console()
+    console.print(f"report: {demo.run(config, console)}", highlight=False, soft_wrap=True)
+
+
+def run_generate(config: GenerateConfig) -> None:
+    """Answer prompts, on the terminal or into a file."""
+    text = Text.from_pretrained(config.model)
+    rows = [{"prompt": config.prompt}] if config.prompt else config.prompts
+    asked = data.prompts(rows, text, config.max_prompt_tokens)
+    policy = Policy.from_pretrained(config.model, critic="none")
+    sampling = Sampling(**{name: getattr(config, name) for name in Sampling.__dataclass_fields__})
+    rollouts = generate(policy, [p.tokens for p in asked], sampling)
+    answers = [
+        {"prompt": p.text, "completion": text.decode(r.response), "finished": r.finished}
+        for p, r in zip(asked, rollouts, strict=True)
+    ]
+    if config.output:
+        lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        Path(config.output).write_text("".join(lines), encoding="utf-8")
+        return
+    console = Console()
+    for answer in answers:
+        console.print(f"[bold]>[/] {answer['prompt']}\n{answer['completion']}\n", highlight=False, markup=True)
+
+
+def run_evaluate(config: EvaluateConfig) -> None:
+    """Measure what the options give the data for, and print it as a table."""
+    results: dict[str, float] = {}
+    policy = Policy.from_pretrained(config.model, critic="none") if config.model else None
+    text = Text.from_pretrained(config.model or config.reward_model)
+    judge = RewardModel.from_pretrained(config.reward_model) if config.reward_model else None
+    for name, source, read in (("data", config.data, data.demonstrations), ("text", config.text, data.documents)):
+        if policy is not None and source:
+            found = perplexity(policy, read(source, text, config.max_length))
+            results |= {f"{name}/loss": found.loss, f"{name}/ppl": found.ppl}
+    if judge is not None and config.comparisons:
+        accuracy = reward_accuracy(judge, data.comparisons(config.comparisons, text, config.max_length))
+        results |= {f"reward/{name}": value for name, value in asdict(accuracy).items()}
+    if policy is not None and judge is not None and config.baseline:
+        asked = data.prompts(config.prompts, text, config.max_length)
+        tokens = [p.tokens for p in asked]
+        sampling = Sampling(max_new_tokens=config.max_new_tokens, seed=config.seed, stop=tuple(text.stop_ids))
+        ours, theirs = (
+            scorers.model_scores(judge, generate(p, tokens, sampling), 16384)
+            for p in (policy, Policy.from_pretrained(config.baseline, critic="none"))
+        )
+        results |= {f"win_rate/{name}": value for name, value in asdict(win_rate(ours, theirs)).items()}
+    table = Table("measure", "value")
+    for name, value in results.items():
+        table.add_row(name, f"{value:.4f}")
+    Console().print(table)
+
+
+def run_report(config: ReportConfig) -> None:
+    """Write report.html into the folder of a run or of the demo."""
+    folder = Path(config.run)
+    written = report.write_demo(folder) if (folder / "results.json").is_file() else report.write_run(folder)
+    Console().print(f"report: {written}", highlight=False, soft_wrap=True)
+
+
+COMMANDS: dict[str, tuple[type, Callable[..., object]]] = {
+    "demo": (demo.Config, run_demo),
+    "pretrain": (sft.PretrainConfig, sft.pretrain),
+    "sft": (sft.Config, sft.train),
+    "reward": (reward.Config, reward.train),
+    "ppo": (ppo.Config, ppo.train),
+    "generate": (GenerateConfig, run_generate),
+    "evaluate": (EvaluateConfig, run_evaluate),
+    "report": (ReportConfig, run_report),
+}

@@ -1,0 +1,133 @@
+"""What a run is told: the options that every stage shares, and their way in from a YAML file and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+import tyro
+import yaml
+
+C = TypeVar("C")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SCHEDULES = ("constant", "linear", "cosine")
+
+# A path or dataset name on the command line; in Python also the rows themselves.
+Source = Annotated[str | list[dict[str, Any]], tyro.conf.arg(constructor=str, metavar="PATH")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Options of every training stage."""
+
+    output_dir: str
+    """Folder of the run: the final checkpoint, checkpoint-N folders, metrics.jsonl. The same command resumes it."""
+    seed: int = 0
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+    dtype: str = "float32"
+    """float32 or bfloat16: of weights and activations. Log-probs, values and losses are float32 at least."""
+    learning_rate: float = 1e-5
+    schedule: str = "constant"
+    """constant, linear (to 0) or cosine (to a tenth of the peak), after the warm-up."""
+    warmup_ratio: float = 0.0
+    """Share of all optimizer steps over which the learning rate rises linearly."""
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    """Global norm that gradients are clipped to; 0 switches clipping off."""
+    tokens_per_micro: int = 16384
+    """Tokens in one forward and backward pass. A memory knob: it cannot change the gradient."""
+    save_every: int = 0
+    """Steps between checkpoints to resume from; 0: only at the end."""
+    keep_checkpoints: int = 1
+    """How many checkpoint-N folders stay."""
+    tensorboard: bool = False
+    """Also write TensorBoard events into output_dir/tensorboard (needs the tensorboard extra)."""
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            output_dir=(bool(self.output_dir), "a folder"),
+            device=(self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
+            dtype=(self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
+            learning_rate=(self.learning_rate >= 0, "at least 0"),
+            schedule=(self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            warmup_ratio=(0 <= self.warmup_ratio <= 1, "a share between 0 and 1"),
+            max_grad_norm=(self.max_grad_norm >= 0, "at least 0 (0: no clipping)"),
+            tokens_per_micro=(self.tokens_per_micro >= 1, "at least 1"),
+            save_every=(self.save_every >= 0, "at least 0 (0: only at the end)"),
+            keep_checkpoints=(self.keep_checkpoints >= 1, "at least 1"),
+        )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def torch_device(self) -> torch.device:
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+
+def check(config: object, **rules: tuple[bool, str]) -> None:
+    """Raise ValueError for the first option that breaks its rule: option=(is it valid, what is expected)."""
+    for name, (valid, expected) in rules.items():
+        if not valid:
+            raise ValueError(f"{name}: expected {expected}, got {getattr(config, name)!r}")
+
+
+def parse(cls: type[C], args: Sequence[str], program: str) -> C:
+    """A config from `--config file.yaml` and `--key value` options, which win over the file.
+
+    Raises ValueError for an unknown option (with the nearest right one), a missing file or a file that is no mapping.
+    """
+    given = list(args)
+    if "--config" in given:
+        at = given.index("--config")
+        if at + 1 == len(given):
+            raise ValueError("--config: expected the path of a YAML file, got nothing")
+        given[at : at + 2] = []
+        given = read_yaml(cls, args[at + 1]) + given
+    for arg in given:
+        if arg.startswith("--"):
+            _known(cls, arg.removeprefix("--").split("=")[0].replace("-", "_"))
+    return tyro.cli(cls, args=given, prog=program, use_underscores=True)
+
+
+def read_yaml(cls: type, path: str) -> list[str]:
+    """The options of a YAML mapping, as they would stand on the command line."""
+    if not Path(path).is_file():
+        raise ValueError(f"--config: expected a YAML file, got {path!r}, which does not exist")
+    try:
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path}: expected a mapping of options, got {type(options).__name__}")
+    args: list[str] = []
+    for name, value in options.items():
+        _known(cls, str(name))
+        if isinstance(value, bool):
+            args.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            values = value if isinstance(value, list) else [value]
+            args += [f"--{name}", *map(str, values)]
+    return args
+
+
+def _known(cls: type, name: str) -> None:
+    options = [f.name for f in dataclasses.fields(cls)]
+    if name in options or name.removeprefix("no_") in options or name == "help":
+        return
+    near = difflib.get_close_matches(name, options, n=1)
+    hint = f", did you mean {near[0]!r}?" if near else f"; the options are {', '.join(options)}"
+    raise ValueError(f"unknown option {name!r}{hint}")

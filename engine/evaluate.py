@@ -1,0 +1,208 @@
+"""How good a checkpoint is: perplexity, reward accuracy, and paired win rates, always on the same seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from twinhead.engine import losses
+from twinhead.engine.batch import Example, Experience, Rollout, TokenSequence, cumulative, micro_batches, pack
+from twinhead.engine.data import Prompt
+from twinhead.engine.generate import Sampling, generate
+from twinhead.engine.policy import Policy, RewardModel
+from twinhead.engine.scorers import RewardFunction, model_scores, score_with
+from twinhead.engine.text import Text
+
+MICRO = 16384  # tokens of one forward pass
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """How surprised a policy is by held-out text."""
+
+    loss: float  # nats per target token, weighted by tokens over the whole set
+    ppl: float  # exp(loss)
+    num_targets: int
+
+
+@torch.no_grad()
+def perplexity(policy: Policy, examples: Sequence[TokenSequence], tokens_per_micro: int = MICRO) -> Perplexity:
+    """The mean negative log-likelihood of every target token of a held-out set, and its exponential."""
+    total, count = 0.0, 0
+    lengths = [len(e.prompt) + len(e.response) for e in examples]
+    for micro in micro_batches(examples, lengths, tokens_per_micro):
+        packed = pack(micro, policy.device)
+        total -= policy(packed, entropy=False).logprobs.double().sum().item()
+        count += packed.num_targets
+    if count == 0:
+        raise ValueError("perplexity: expected at least one target token, got none")
+    loss = total / count
+    return Perplexity(loss, math.exp(min(loss, 700.0)), count)
+
+
+class Ranked(Protocol):
+    """Several responses to one prompt, ranked (twinhead.engine.data.Comparison)."""
+
+    @property
+    def examples(self) -> list[Example]: ...
+
+    @property
+    def ranks(self) -> list[int]: ...
+
+    @property
+    def margin(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RewardAccuracy:
+    """How well a reward model orders held-out responses."""
+
+    micro: float  # correct pairs / all decided pairs, equal scores count 1/2
+    macro: float  # mean over prompts of their share of correct pairs
+    loss: float  # mean over prompts of the K-wise loss
+
+
+@torch.no_grad()
+def reward_accuracy(model: RewardModel, comparisons: Sequence[Ranked], tokens_per_micro: int = MICRO) -> RewardAccuracy:
+    """How often the reward model orders a held-out pair as its ranking does."""
+    correct, pairs, loss = [], [], []
+    lengths = [sum(len(e.prompt) + len(e.response) for e in c.examples) for c in comparisons]
+    for micro in micro_batches(comparisons, lengths, tokens_per_micro):
+        scores, ranks, cu_groups, margin = score_groups(model, micro)
+        right, of = losses.pair_accuracy(scores, ranks, cu_groups)
+        correct.append(right)
+        pairs.append(of)
+        loss.append(losses.kwise(scores, ranks, cu_groups, margin))
+    right, of = torch.cat(correct).double(), torch.cat(pairs)
+    decided = of > 0
+    return RewardAccuracy(
+        micro=(right.sum() / of.sum()).item(),
+        macro=(right[decided] / of[decided]).mean().item(),
+        loss=torch.cat(loss)[decided].double().mean().item(),
+    )
+
+
+def score_groups(model: RewardModel, comparisons: Sequence[Ranked]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Raw scores (S,), ranks (S,), cu_groups (G+1,), margins (G,): one forward for each response, none for a pair."""
+    packed = pack([e for c in comparisons for e in c.examples], model.device)
+    ranks = torch.tensor([r for c in comparisons for r in c.ranks], device=model.device)
+    cu_groups = cumulative([len(c.examples) for c in comparisons]).to(model.device)
+    margin = torch.tensor([c.margin for c in comparisons], dtype=torch.float32, device=model.device)
+    return model.raw(packed), ranks, cu_groups, margin
+
+
+@dataclass(frozen=True, slots=True)
+class WinRate:
+    """A paired comparison with its 95% interval."""
+
+    rate: float
+    low: float  # Wilson 95% interval
+    high: float
+    num: int
+
+
+def win_rate(ours: Tensor | Sequence[float], theirs: Tensor | Sequence[float]) -> WinRate:
+    """The share of prompts on which our score is higher; ties count 1/2 (scores are paired by prompt).
+
+    The interval is Wilson's (1927) at 95%, with ties as half successes.
+    """
+    a, b = torch.as_tensor(ours, dtype=torch.float64), torch.as_tensor(theirs, dtype=torch.float64)
+    if a.shape != b.shape or a.numel() == 0:
+        raise ValueError(f"win_rate: expected two equally long, non-empty lists, got {a.numel()} and {b.numel()}")
+    n, p = a.numel(), ((a > b).double() + 0.5 * (a == b).double()).mean().item()
+    z = 1.959963984540054
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return WinRate(p, max(0.0, centre - half), min(1.0, centre + half), n)
+
+
+def distinct(rollouts: Sequence[Rollout]) -> float:
+    """The share of responses that no other response repeats word for word: collapse shows here first."""
+    return len({tuple(r.response) for r in rollouts}) / max(len(rollouts), 1)
+
+
+class Contest:
+    """The same prompts and seed for every checkpoint, each answer paired with the baseline's to the same prompt."""
+
+    def __init__(
+        self, baseline: Policy, text: Text, asked: Sequence[Prompt], judge: RewardFunction, sampling: Sampling,
+        reward_model: RewardModel | None = None,
+    ) -> None:  # fmt: skip
+        self.baseline, self.text, self.asked, self.judge = baseline, text, asked, judge
+        self.sampling, self.reward_model = sampling, reward_model
+        self.theirs = self._scores(self.answers(baseline, replace(sampling, seed=sampling.seed + 1)))
+
+    def answers(self, policy: Policy, sampling: Sampling | None = None) -> list[Rollout]:
+        """One answer to every prompt."""
+        return generate(policy, [p.tokens for p in self.asked], sampling or self.sampling)
+
+    def __call__(self, policy: Policy) -> dict[str, float]:
+        """win_rate against the baseline with its 95% interval, gold (the judge), reward, kl in nats per sequence to the
+        baseline, distinct, eos_rate, length."""
+        rollouts = self.answers(policy)
+        scores = self._scores(rollouts)
+        won = win_rate(scores, self.theirs)
+        found = {
+            "win_rate": won.rate,
+            "win_rate_low": won.low,
+            "win_rate_high": won.high,
+            "gold": scores.double().mean().item(),
+            "kl": self._kl(rollouts),
+            "distinct": distinct(rollouts),
+            "eos_rate": sum(r.finished for r in rollouts) / len(rollouts),
+            "length": sum(len(r.response) for r in rollouts) / len(rollouts),
+        }
+        if self.reward_model is not None:
+            found["reward"] = model_scores(self.reward_model, rollouts, MICRO).double().mean().item()
+        return found
+
+    def _scores(self, rollouts: Sequence[Rollout]) -> Tensor:
+        return score_with(self.judge, rollouts, [self.text.decode(r.response) for r in rollouts], self.asked)
+
+    @torch.no_grad()
+    def _kl(self, rollouts: Sequence[Rollout]) -> float:
+        total = 0.0
+        for micro in micro_batches(rollouts, [len(r.prompt) + len(r.response) for r in rollouts], MICRO):
+            packed = pack(micro, self.baseline.device)
+            theirs = self.baseline(packed, temperature=self.sampling.temperature, entropy=False).logprobs
+            total += (torch.cat([r.logprobs for r in micro]) - theirs).double().sum().item()
+        return total / len(rollouts)
+
+
+def describe(rollouts: Sequence[Rollout], sources: dict[str, Tensor]) -> dict[str, float]:
+    """Statistics of one step's responses, and the mean score of every reward source."""
+    lengths = torch.tensor([float(len(r.response)) for r in rollouts])
+    return {
+        "rollout/length_mean": lengths.mean().item(),
+        "rollout/eos_rate": sum(r.finished for r in rollouts) / len(rollouts),
+        "rollout/distinct": distinct(rollouts),
+        **{f"score/{name}": scores.double().mean().item() for name, scores in sources.items()},
+    }
+
+
+def objective(batch: Sequence[Sequence[Experience]], kl: Tensor, scores: Tensor, kl_coef: float) -> dict[str, float]:
+    """Statistics of what PPO maximises (spec 3.8). kl: (S,) nats per sequence; scores: (S,) after the EOS rule."""
+    every = [e for minibatch in batch for e in minibatch]
+    values, returns, advantages = (
+        torch.cat([getattr(e, name) for e in every]).double() for name in ("values", "returns", "advantages")
+    )
+    non_score = -kl_coef * kl.double().mean().item()
+    return {
+        "objective/kl": kl.double().mean().item(),
+        "objective/kl_token": kl.double().sum().item() / len(values),
+        "objective/score": scores.double().mean().item(),
+        "objective/score_std": scores.double().std(correction=0).item(),
+        "objective/non_score_reward": non_score,
+        "objective/rlhf_reward": scores.double().mean().item() + non_score,
+        "value/explained_variance": losses.explained_variance(values, returns).item(),
+        "value/mean": values.mean().item(),
+        "returns/mean": returns.mean().item(),
+        "returns/std": returns.std(correction=0).item(),
+        "adv/mean": advantages.mean().item(),
+        "adv/abs_mean": advantages.abs().mean().item(),
+    }

@@ -1,0 +1,208 @@
+"""Batched sampling with a KV cache: slots refill as rows finish, and the decode step yields log-probs and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twinhead.engine.batch import Example, Rollout, pack
+from twinhead.engine.config import check
+from twinhead.engine.policy import Policy
+from twinhead.kernels import sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How responses are drawn. temperature=0 is greedy; stop=None takes the checkpoint's EOS ids."""
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop: tuple[int, ...] | None = None
+    num_slots: int = 256  # sequences that decode side by side
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            max_new_tokens=(self.max_new_tokens >= 1, "at least 1"),
+            temperature=(self.temperature >= 0, "at least 0 (0: greedy)"),
+            top_k=(self.top_k >= 0, "at least 0 (0: off)"),
+            top_p=(0 < self.top_p <= 1, "above 0 and at most 1"),
+            min_p=(0 <= self.min_p < 1, "at least 0 and below 1"),
+            num_slots=(self.num_slots >= 1, "at least 1"),
+        )
+
+
+def generate(
+    policy: Policy,
+    prompts: list[list[int]],
+    sampling: Sampling | None = None,
+    on_finished: Callable[[int], None] | None = None,
+) -> list[Rollout]:
+    """One rollout per prompt, in the prompts' order.
+
+    Every row draws its uniforms from (seed, row, position), so its tokens do not depend on its neighbours. Log-probs
+    are those of the distribution that was sampled from (at temperature 0: of the untempered one). `on_finished` is
+    called with the number of rows finished so far. Raises ValueError for an empty prompt, an id outside the
+    vocabulary, or a prompt that leaves no room under the model's maximum length.
+    """
+    sampling = sampling or Sampling()
+    _check(policy, prompts, sampling)
+    if not prompts:
+        return []
+    with policy.generating():
+        decoder = _Decoder(policy, prompts, sampling)
+        while decoder.busy:
+            decoder.refill()
+            decoder.step()
+            if on_finished is not None:
+                on_finished(len(decoder.rollouts))
+    return [decoder.rollouts[i] for i in range(len(prompts))]
+
+
+class _Decoder:
+    """Running rows occupy slots 0..running-1: a finished row's slot takes the next prompt, or the last running row."""
+
+    def __init__(self, policy: Policy, prompts: list[list[int]], sampling: Sampling) -> None:
+        self.policy, self.prompts, self.sampling = policy, prompts, sampling
+        stop = policy.eos_ids if sampling.stop is None else sampling.stop
+        self.stop = torch.tensor(stop, dtype=torch.int64, device=policy.device)
+        self.waiting = list(range(len(prompts)))[::-1]
+        self.rollouts: dict[int, Rollout] = {}
+        slots, device, n = min(len(prompts), sampling.num_slots), policy.device, sampling.max_new_tokens
+        self.cache = policy.new_cache(slots, max(map(len, prompts)) + n)
+        self.running: list[int] = []  # (slots,) the prompt that each slot is answering
+        self.length = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens in the cache
+        self.count = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens drawn
+        self.uniforms = torch.empty(slots, n, device=device)
+        self.tokens = torch.zeros(slots, n, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(slots, n, device=device)
+        self.values = torch.zeros(slots, n, device=device)
+        self.span = 0  # the longest length, kept on the host
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def refill(self) -> None:
+        """Prefill waiting prompts, packed together, into the free slots, and draw their first tokens."""
+        first, free = len(self.running), len(self.length) - len(self.running)
+        if not free or not self.waiting:
+            return
+        arrivals = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
+        slots = list(range(first, first + len(arrivals)))
+        self.running += arrivals
+        packed = pack([Example(self.prompts[i], []) for i in arrivals], self.policy.device)
+        hidden = self.policy.prefill(packed, self.cache, slots)
+        fresh = slice(first, first + len(arrivals))
+        self.length[fresh] = torch.tensor(packed.lengths, device=self.policy.device)
+        self.count[fresh] = 0
+        rows = torch.tensor(arrivals, device=self.policy.device)
+        self.uniforms[fresh] = uniforms(self.sampling.seed, rows, self.sampling.max_new_tokens)
+        self.span = max(self.span, *packed.lengths)
+        self._draw(hidden, fresh)
+
+    def step(self) -> None:
+        """Retire what has finished, then decode one token in every running slot."""
+        self._retire()
+        batch = len(self.running)
+        if not batch or (self.waiting and batch < len(self.length)):
+            return  # nothing to decode, or the freed slots refill first
+        rows = torch.arange(batch, device=self.length.device)
+        tokens, positions = self.tokens[rows, self.count[:batch] - 1], self.length[:batch].clone()
+        self.span += 1
+        self.length[:batch] += 1
+        self._draw(self.policy.decode(tokens, positions, self.span, self.cache), slice(0, batch))
+
+    def _draw(self, hidden: Tensor, where: slice) -> None:
+        """Sample the next token of these slots; its log-prob and the state's value come from the same hidden state."""
+        s, count = self.sampling, self.count[where]
+        rows = torch.arange(where.start, where.stop, device=hidden.device)
+        tokens, logprobs = sample(
+            self.policy.logits(hidden),
+            self.uniforms[rows, count],
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            min_p=s.min_p,
+        )
+        self.tokens[rows, count] = tokens
+        self.logprobs[rows, count] = logprobs
+        values = self.policy.values(hidden)
+        if values is not None:
+            self.values[rows, count] = values
+        self.count[where] = count + 1
+
+    def _retire(self) -> None:
+        """Turn finished rows into rollouts and close the gaps that they leave."""
+        batch = len(self.running)
+        last = self.tokens[torch.arange(batch, device=self.tokens.device), self.count[:batch] - 1]
+        stopped = torch.isin(last, self.stop)
+        done = stopped | (self.count[:batch] == self.sampling.max_new_tokens)
+        if not (finished := done.nonzero().squeeze(1).tolist()):
+            return
+        counts, stops = self.count[:batch].tolist(), stopped.tolist()
+        for slot in reversed(finished):
+            self._record(slot, counts[slot], stops[slot])
+            self._close(slot)
+        self.span = int(self.length[: len(self.running)].max()) if self.running else 0
+
+    def _record(self, slot: int, count: int, stopped: bool) -> None:
+        index = self.running[slot]
+        self.rollouts[index] = Rollout(
+            prompt=self.prompts[index],
+            response=self.tokens[slot, :count].tolist(),
+            logprobs=self.logprobs[slot, :count].clone(),
+            values=None if self.policy.value_head is None else self.values[slot, :count].clone(),
+            finished=stopped,
+        )
+
+    def _close(self, slot: int) -> None:
+        """Move the last running row into `slot`, so that running rows stay a prefix of the buffers."""
+        last = len(self.running) - 1
+        if slot != last:
+            self.cache.move(last, slot, int(self.length[last]))
+            for buffer in (self.length, self.count, self.uniforms, self.tokens, self.logprobs, self.values):
+                buffer[slot] = buffer[last]
+            self.running[slot] = self.running[last]
+        self.running.pop()
+
+
+def uniforms(seed: int, rows: Tensor, num: int) -> Tensor:
+    """(B,) rows -> (B, num) float32 in [0, 1): a hash of (seed, row, position), the same in every batch.
+
+    SplitMix64's finaliser (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
+    """
+    key = _mix(torch.tensor(seed, dtype=torch.int64, device=rows.device))
+    key = _mix(key + rows.to(torch.int64))[:, None]
+    bits = _mix(key + torch.arange(num, device=rows.device))
+    return ((bits >> 40) & 0xFFFFFF).float() * 2.0**-24
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of int64 in which every input bit reaches every output bit (arithmetic wraps)."""
+    x = x * -7046029254386353131  # 0x9E3779B97F4A7C15, the golden ratio
+    x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -4658895280553007687
+    x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * -7723592293110705685
+    return x ^ (x >> 31 & 0x1FFFFFFFF)
+
+
+def _check(policy: Policy, prompts: list[list[int]], sampling: Sampling) -> None:
+    config = policy.model.config.get_text_config()
+    vocabulary, limit = policy.model.get_input_embeddings().weight.shape[0], config.max_position_embeddings
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i}: expected at least one token, got none")
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            raise ValueError(f"prompt {i}: expected token ids in [0, {vocabulary}), got {min(prompt)}..{max(prompt)}")
+        if len(prompt) + sampling.max_new_tokens > limit:
+            raise ValueError(
+                f"prompt {i}: its {len(prompt)} tokens and max_new_tokens={sampling.max_new_tokens} exceed the model's "
+                f"maximum length of {limit}"
+            )

@@ -1,0 +1,82 @@
+"""One optimizer step: schedule, clipping, AdamW, and a guard that skips and counts non-finite gradients."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from twinhead.engine.config import RunConfig
+
+
+class Optimizer:
+    """AdamW over every trainable parameter; matrices decay, vectors do not."""
+
+    def __init__(self, module: nn.Module, config: RunConfig, total_steps: int) -> None:
+        self.config, self.total_steps = config, total_steps
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError("expected at least one trainable parameter, got none")
+        groups = [
+            {"params": [p for p in self.parameters.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in self.parameters.values() if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        betas = (config.adam_beta1, config.adam_beta2)
+        self.adam = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=config.learning_rate, betas=betas, eps=config.adam_eps, fused=True
+        )
+        self.num_steps = 0
+        self.skipped = 0
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next step."""
+        return learning_rate(self.config, self.num_steps, self.total_steps)
+
+    def step(self) -> dict[str, float]:
+        """Clip, update, clear. A non-finite gradient updates nothing and is counted. Returns what happened."""
+        limit = self.config.max_grad_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit).item()
+        rate = self.learning_rate
+        if math.isfinite(norm):
+            for group in self.adam.param_groups:
+                group["lr"] = rate
+            self.adam.step()
+        else:
+            self.skipped += 1
+        self.num_steps += 1
+        self.adam.zero_grad(set_to_none=True)
+        return {"grad_norm": norm, "learning_rate": rate}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Everything that the next step depends on: tensors by parameter name, and counters."""
+        tensors = {
+            f"{name}.{key}": value
+            for name, p in self.parameters.items()
+            for key, value in self.adam.state.get(p, {}).items()
+        }
+        return tensors, {"num_steps": self.num_steps, "skipped": self.skipped}
+
+    def restore(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
+        """Put back what state() gave. Raises ValueError when it belongs to other parameters."""
+        for key, tensor in tensors.items():
+            name, slot = key.rsplit(".", 1)
+            if name not in self.parameters:
+                raise ValueError(f"optimizer state: expected one of this model's parameters, got {name!r}")
+            parameter = self.parameters[name]
+            self.adam.state[parameter][slot] = tensor.to(parameter.device)
+        self.num_steps, self.skipped = counters["num_steps"], counters["skipped"]
+
+
+def learning_rate(config: RunConfig, step: int, total_steps: int) -> float:
+    """Linear warm-up, then constant, linear to 0, or cosine to a tenth of the peak; `step` counts from 0."""
+    warmup = round(config.warmup_ratio * total_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(total_steps - warmup, 1)
+    if config.schedule == "linear":
+        return config.learning_rate * (1.0 - progress)
+    if config.schedule == "cosine":
+        return config.learning_rate * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * progress)))
+    return config.learning_rate

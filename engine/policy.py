@@ -1,0 +1,223 @@
+"""Two heads on one backbone: the policy (language-model head, value head) and the reward model (scalar head)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from twinhead.engine import trunk, weights
+from twinhead.engine.batch import Packed
+from twinhead.engine.cache import SlotCache
+from twinhead.kernels import linear_logprob
+
+CRITICS = ("shared", "detached", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What one pass says of every target token."""
+
+    logprobs: Tensor  # (R,) float32
+    entropy: Tensor | None  # (R,) float32, of the whole distribution; None when it was not asked for
+    values: Tensor | None  # (R,) float32, of the state before the token; None without a critic
+
+
+class Policy(nn.Module):
+    """A causal language model whose hidden states also feed a critic.
+
+    critic: "shared" (the value loss trains the trunk too), "detached" (it does not reach the trunk) or "none".
+    """
+
+    def __init__(self, model: PreTrainedModel, critic: str = "shared") -> None:
+        super().__init__()
+        if critic not in CRITICS:
+            raise ValueError(f"critic: expected one of {CRITICS}, got {critic!r}")
+        trunk.adopt(model)
+        self.model = model
+        self.critic = critic
+        self.logit_transform = trunk.LogitTransform.of(model)
+        self.value_head: nn.Linear | None = None
+        if critic != "none":  # zero: the first values are 0 and the first policy step is not led by noise (spec 5.1)
+            self.value_head = nn.Linear(self._head().weight.shape[1], 1, dtype=torch.float32, device=model.device)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | PreTrainedModel,
+        critic: str = "shared",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Policy:
+        """A checkpoint folder, or a model in memory (which is adopted as it is), plus the value head found beside it.
+
+        dtype: float32 unless given. Raises ValueError for a folder that is no causal language model, for missing or
+        left-over tensors, and for an architecture that fails the self-check.
+        """
+        if isinstance(model, PreTrainedModel):
+            policy = cls(model if dtype is None else model.to(dtype), critic)
+        else:
+            policy = cls(weights.load_causal_lm(model, dtype), critic)
+            head = weights.load_head(model)
+            if policy.value_head is not None and head is not None:
+                policy.value_head.load_state_dict(head)
+        return policy if device is None else policy.to(device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what AutoModelForCausalLM reads; the value head lies beside it in safetensors."""
+        self.model.save_pretrained(folder)
+        if self.value_head is not None:
+            weights.save_head(folder, self.value_head.state_dict())
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The stop tokens that the checkpoint names (generation_config first, then config)."""
+        found = getattr(self.model.generation_config, "eos_token_id", None)
+        found = self.model.config.eos_token_id if found is None else found
+        return () if found is None else tuple(found) if isinstance(found, list | tuple) else (found,)
+
+    def hidden(self, packed: Packed) -> Tensor:
+        """(T, H): the one trunk pass under everything."""
+        return trunk.packed_pass(self.model, packed)
+
+    def forward(self, packed: Packed, *, temperature: float = 1.0, entropy: bool = True) -> Scored:
+        """The one scoring path: log-probability, entropy and value at each of the R rows that predict a target."""
+        rows = self.hidden(packed)[packed.rows]
+        head = self._head()
+        scored: Any = linear_logprob(
+            rows,
+            head.weight,
+            packed.targets,
+            getattr(head, "bias", None),
+            temperature=temperature,
+            softcap=self.logit_transform.softcap,
+            logit_scale=self.logit_transform.scale,
+            return_entropy=entropy,
+        )
+        logprobs, entropies = scored if entropy else (scored, None)
+        return Scored(logprobs, entropies, self.values(rows))
+
+    def values(self, rows: Tensor) -> Tensor | None:
+        """(N, H) -> (N,) float32, or None without a critic."""
+        if self.value_head is None:
+            return None
+        rows = rows.detach() if self.critic == "detached" else rows
+        return self.value_head(rows.float()).squeeze(-1)
+
+    @torch.no_grad()
+    def value_from(self, reward_model: RewardModel | None) -> None:
+        """Start the value head as the normalised reward head. Raises ValueError where their widths differ."""
+        if reward_model is None or self.value_head is None:
+            raise ValueError("value_init: expected a reward_model to take the value head from, got none")
+        head = reward_model.model.score.weight
+        if head.shape != self.value_head.weight.shape:
+            ours, theirs = self.value_head.weight.shape[1], head.shape[1]
+            raise ValueError(f"value_init: expected a reward model of the policy's width {ours}, got {theirs}")
+        self.value_head.weight.copy_(head)
+        self.value_head.bias.fill_(-reward_model.mean)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """(B, H) -> (B, V) float32, for the sampler alone: training never builds them."""
+        head = self._head()
+        return self.logit_transform(F.linear(rows, head.weight, getattr(head, "bias", None)))
+
+    def prefill(self, packed: Packed, cache: SlotCache, slots: list[int]) -> Tensor:
+        """(S, H): run prompts into cache slots; the hidden state of each one's last token."""
+        return trunk.packed_pass(self.model, packed, cache, slots)[packed.last]
+
+    def decode(self, tokens: Tensor, positions: Tensor, span: int, cache: SlotCache) -> Tensor:
+        """(B, H): one new token in each running slot."""
+        return trunk.decode_pass(self.model, tokens, positions, span, cache)
+
+    def new_cache(self, num_slots: int, capacity: int) -> SlotCache:
+        return SlotCache(trunk.num_layers(self.model), num_slots, capacity)
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Evaluation mode without gradients; the mode of before is restored on exit, also after an exception."""
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(was_training)
+
+    def frozen_copy(self) -> Policy:
+        """The reference policy: the same weights as of now, without a critic, never trained."""
+        reference = Policy.__new__(Policy)
+        nn.Module.__init__(reference)
+        reference.model = copy.deepcopy(self.model).requires_grad_(False).eval()
+        reference.critic, reference.value_head = "none", None
+        reference.logit_transform = self.logit_transform
+        return reference
+
+    def _head(self) -> nn.Linear:
+        head = self.model.get_output_embeddings()
+        assert head is not None, "a causal language model has output embeddings"
+        return head
+
+
+class RewardModel(nn.Module):
+    """The same kind of trunk under one scalar head, read at each sequence's last real token.
+
+    Calling it gives normalised scores: raw score minus `mean`, the mean raw score of the demonstrations, so that
+    they average 0 (InstructGPT, section 3.5). `raw` is what AutoModelForSequenceClassification computes.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        trunk.adopt(model)
+        self.model = model
+        self.mean = float(getattr(model.config, weights.REWARD_NORMALISATION, 0.0))
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> RewardModel:
+        """A trained reward model. Raises ValueError for any other checkpoint."""
+        reward = cls(weights.load_classifier(path, dtype))
+        return reward if device is None else reward.to(device)
+
+    @classmethod
+    def from_language_model(
+        cls, path: str | Path, seed: int = 0, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> RewardModel:
+        """A language model's whole trunk under a new head, drawn with standard deviation 1/sqrt(H+1)."""
+        reward = cls(weights.load_classifier(path, dtype, new_head=True))
+        head = reward.model.score.weight
+        noise = torch.randn(head.shape, generator=torch.Generator().manual_seed(seed))
+        head.data.copy_(noise / (head.shape[1] + 1) ** 0.5)
+        return reward if device is None else reward.to(device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what AutoModelForSequenceClassification reads; the normalisation is a key of its config.json."""
+        setattr(self.model.config, weights.REWARD_NORMALISATION, self.mean)
+        self.model.save_pretrained(folder)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def raw(self, packed: Packed) -> Tensor:
+        """(S,) float32 scores before normalisation; the product with the head is taken in float32 (spec 3.2)."""
+        last = trunk.packed_pass(self.model, packed)[packed.last]
+        return F.linear(last.float(), self.model.score.weight.float()).squeeze(-1)
+
+    def forward(self, packed: Packed) -> Tensor:
+        """(S,) float32 normalised scores."""
+        return self.raw(packed) - self.mean

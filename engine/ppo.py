@@ -1,0 +1,263 @@
+"""PPO with one trunk: the actor and the critic are two heads on the same hidden states.
+
+    generate   prompts -> responses, whose log-probs and values the decode step yields
+    score      one number per response, from a reward model or from functions
+    examine    reward -kl_coef * (log pi - log pi_ref) on every token, the score on the last; GAE; whitening
+    update     clipped policy loss + clipped value loss - entropy bonus, one backward through the shared trunk
+
+Ouyang et al. 2022 (InstructGPT), Ziegler et al. 2019, Schulman et al. 2017. Every per-token tensor is (R,), ragged
+over response tokens: there is no padding, hence no mask.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from twinhead.engine import data, losses, scorers
+from twinhead.engine.batch import Example, Experience, Packed, Rollout, micro_batches, pack
+from twinhead.engine.config import RunConfig, Source, check
+from twinhead.engine.data import Order
+from twinhead.engine.evaluate import describe, objective
+from twinhead.engine.generate import Sampling, generate
+from twinhead.engine.metrics import Sums
+from twinhead.engine.optim import Optimizer
+from twinhead.engine.policy import CRITICS, Policy, RewardModel
+from twinhead.engine.run import Run
+from twinhead.engine.scorers import RewardFunction, Scorer
+from twinhead.engine.text import Text
+from twinhead.kernels import gae, ppo_loss, whiten
+
+Evaluation = Callable[[Policy], dict[str, float]]
+Batch = list[list[Experience]]  # minibatches of micro-batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """PPO on prompts, against a reward model or, in Python, reward functions."""
+
+    model: str  # checkpoint folder of the SFT model: the policy to start from, and the frozen reference
+    prompts: Source  # rows with a prompt; other columns go to the reward functions
+    steps: int  # iterations of generate, score, examine, update
+    reward_model: str = ""  # checkpoint folder of a reward model
+    reward_functions: tuple[str, ...] = ()  # file.py:function, each f(prompts, completions, **columns) -> list[float]
+    reward_weights: tuple[float, ...] = ()  # of the reward model (if any) and then each function; empty: all 1
+    output_dir: str = "runs/ppo"
+    learning_rate: float = 1e-6
+    adam_eps: float = 1e-5
+    rollouts_per_step: int = 256
+    epochs: int = 4  # passes over one step's rollouts
+    minibatches: int = 4  # optimizer steps of one pass
+    max_prompt_tokens: int = 512
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    num_slots: int = 256  # sequences that decode side by side
+    old_logprobs: str = "rollout"  # rollout: as the sampler saw them; recompute: by one more forward of the trainer
+    critic: str = "shared"  # shared; detached: the value loss does not reach the trunk
+    value_init: str = "zero"  # zero; reward_model: the reward head, where no value head lies beside the model
+    kl_coef: float = 0.05  # reward per nat of log pi - log pi_ref, at every token
+    kl_target_nats: float | None = None  # per sequence; adapts kl_coef towards it (None: kl_coef is fixed)
+    kl_horizon: int = 10_000  # sequences over which kl_coef adapts
+    missing_eos_penalty: float = 1.0  # subtracted from the score of a response that never stops
+    score_clip: float | None = None
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    value_clip: float = 0.2
+    value_coef: float = 0.5
+    entropy_coef: float = 0.0
+    kl_stop: float | None = None  # ends a step's epochs once KL(old || new), nats per token, is above
+    ptx_data: Source = ""  # plain text: PPO-ptx, its language-model loss joins every optimizer step
+    ptx_coef: float = 1.0  # weight of that loss, a mean over tokens
+    ptx_batch_size: int = 32  # blocks of text in one optimizer step
+    ptx_max_length: int = 512
+    eval_every: int = 0  # steps between calls of the evaluation function; 0: never
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self,
+            steps=(self.steps >= 1, "at least 1"),
+            minibatches=(1 <= self.minibatches <= self.rollouts_per_step, "1 to rollouts_per_step"),
+            epochs=(self.epochs >= 1, "at least 1"),
+            temperature=(self.temperature > 0, "above 0 (a greedy policy explores nothing)"),
+            old_logprobs=(self.old_logprobs in ("rollout", "recompute"), "rollout or recompute"),
+            critic=(self.critic in CRITICS[:2], "shared or detached"),
+            value_init=(self.value_init in ("zero", "reward_model"), "zero or reward_model"),
+            kl_coef=(self.kl_coef >= 0, "at least 0"),
+            lam=(0 <= self.lam <= 1, "0 to 1"),
+            gamma=(0 <= self.gamma <= 1, "0 to 1"),
+        )
+
+
+def train(config: Config, reward_funcs: Sequence[RewardFunction] = (), evaluate: Evaluation | None = None) -> Run:
+    """Train the policy of config.model; the final checkpoint, value head included, stands in config.output_dir."""
+    run = Run(config, "ppo")
+    if run.finished:
+        return run
+    text = Text.from_pretrained(config.model)
+    prompts = data.prompts(config.prompts, text, config.max_prompt_tokens)
+    mix = data.documents(config.ptx_data, text, config.ptx_max_length) if config.ptx_data else None
+    run.say(prompts.summary())
+    functions = [*map(scorers.load_function, config.reward_functions), *reward_funcs]
+    policy, reference, scorer = load(config, run, text, functions)
+    optimizer = Optimizer(policy, config, config.steps * config.epochs * config.minibatches)
+    kl = losses.AdaptiveKL(config.kl_coef, config.kl_target_nats, config.kl_horizon)
+    run.track(policy, text, optimizer=optimizer, kl=kl)
+    order = Order(len(prompts), config.rollouts_per_step, config.seed)
+
+    for step in run.steps(config.steps):
+        asked = [prompts[i] for i in order.take(step - 1)]
+        with run.timed("generate"):
+            rollouts = generate(policy, [p.tokens for p in asked], sampling(config, text, run.seed("rollout", step)))
+        with run.timed("score"):
+            scores, sources = scorer(rollouts, asked)
+        stats = {"objective/kl_coef": kl.coef, **describe(rollouts, sources)}
+        if bad := scorers.nonfinite_rows(scores):
+            run.skip(step, stats, f"non-finite scores in rows {bad[:5]}")
+            continue
+        with run.timed("examine"):
+            batch, examined = examine(policy, reference, rollouts, scores, kl.coef, config, run.seed("deal", step))
+        with run.timed("update"):
+            updated = update(policy, optimizer, batch, mix, config, random.Random(run.seed("shuffle", step)))
+        kl.update(examined["objective/kl"], len(rollouts))
+        if evaluate is not None and config.eval_every and step % config.eval_every == 0:
+            with run.timed("evaluate"):
+                stats |= {f"eval/{name}": value for name, value in evaluate(policy).items()}
+        run.log(step, stats | examined | updated, note=f"score {examined['objective/score']:.2f}")
+    return run.finish()
+
+
+def load(config: Config, run: Run, text: Text, functions: Sequence[RewardFunction]) -> tuple[Policy, Policy, Scorer]:
+    """The policy to train, the reference it is held to, and the source of its rewards."""
+    dtype, device = config.torch_dtype, config.torch_device
+    policy = Policy.from_pretrained(run.resume_from or config.model, config.critic, dtype, device)
+    reference = Policy.from_pretrained(config.model, "none", dtype, device).requires_grad_(False).eval()
+    reward_model = None
+    if config.reward_model:
+        reward_model = RewardModel.from_pretrained(config.reward_model, dtype, device).requires_grad_(False).eval()
+        scorers.check_tokenizer(config.reward_model, text)
+    if config.value_init == "reward_model" and run.resume_from is None:
+        policy.value_from(reward_model)
+    return policy, reference, Scorer(text, reward_model, functions, config.reward_weights, config.tokens_per_micro)
+
+
+def sampling(config: Config, text: Text, seed: int) -> Sampling:
+    """Rollouts follow the policy's own distribution: temperature, and no filter that old log-probs would miss."""
+    return Sampling(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        seed=seed,
+        stop=tuple(text.stop_ids),
+        num_slots=config.num_slots,
+    )
+
+
+@torch.no_grad()
+def examine(
+    policy: Policy,
+    reference: Policy,
+    rollouts: list[Rollout],
+    scores: Tensor,
+    kl_coef: float,
+    config: Config,
+    seed: int,
+) -> tuple[Batch, dict[str, float]]:
+    """Token rewards, advantages and returns of every rollout, dealt into minibatches; and what they look like."""
+    finished = torch.tensor([r.finished for r in rollouts])
+    scores = losses.eos_rule(scores, finished, subtract=config.missing_eos_penalty)
+    if config.score_clip is not None:
+        scores = scores.clamp(-config.score_clip, config.score_clip)
+    batch: Batch = []
+    kls: list[Tensor] = []
+    for minibatch in deal(rollouts, config, seed):
+        batch.append([])
+        for micro in minibatch:
+            packed = pack([rollouts[i] for i in micro], policy.device)
+            logprobs, values = behaviour(policy, packed, [rollouts[i] for i in micro], config)
+            ref_logprobs = reference(packed, temperature=config.temperature, entropy=False).logprobs
+            score = scores[micro].to(packed.tokens.device)
+            rewards = losses.token_rewards(logprobs, ref_logprobs, score, packed.cu_rows, kl_coef)
+            advantages, returns = gae(rewards, values, gamma=config.gamma, lam=config.lam, cu_seqlens=packed.cu_rows)
+            batch[-1].append(Experience(packed, logprobs, values, advantages, returns))
+            kls.append(losses.sequence_kl(logprobs, ref_logprobs, packed.cu_rows))
+    return whitened(batch), objective(batch, torch.cat(kls), scores, kl_coef)
+
+
+def deal(rollouts: list[Rollout], config: Config, seed: int) -> list[list[list[int]]]:
+    """Indices of rollouts, shuffled into minibatches and cut into micro-batches.
+
+    The composition holds for the whole step and only the order of minibatches changes between epochs, so that old and
+    new log-probs come from the same products: at learning rate 0 their ratio is exactly 1.
+    """
+    indices = list(range(len(rollouts)))
+    random.Random(seed).shuffle(indices)
+    minibatches = [indices[i :: config.minibatches] for i in range(config.minibatches)]
+    lengths = [len(r.prompt) + len(r.response) for r in rollouts]
+    return [list(micro_batches(m, [lengths[i] for i in m], config.tokens_per_micro)) for m in minibatches]
+
+
+def behaviour(policy: Policy, packed: Packed, rollouts: list[Rollout], config: Config) -> tuple[Tensor, Tensor]:
+    """(R,) log-probs and (R,) values of the policy that sampled: kept from the decode step, or computed once more."""
+    if config.old_logprobs == "recompute":
+        scored = policy(packed, temperature=config.temperature, entropy=False)
+        assert scored.values is not None, "PPO runs with a critic"
+        return scored.logprobs, scored.values
+    return torch.cat([r.logprobs for r in rollouts]), torch.cat([r.values for r in rollouts if r.values is not None])
+
+
+def whitened(batch: Batch) -> Batch:
+    """The same batch with advantages of mean 0 and variance 1 over all of its tokens (spec 3.6.2)."""
+    every = [e for minibatch in batch for e in minibatch]
+    advantages = whiten(torch.cat([e.advantages for e in every]))
+    parts = iter(advantages.split([e.packed.num_targets for e in every]))
+    return [[replace(e, advantages=next(parts)) for e in minibatch] for minibatch in batch]
+
+
+def update(
+    policy: Policy,
+    optimizer: Optimizer,
+    batch: Batch,
+    mix: Sequence[Example] | None,
+    config: Config,
+    rng: random.Random,
+) -> dict[str, float]:
+    """Epochs of minibatches: one optimizer step each, its loss a mean over all of the minibatch's tokens."""
+    sums, num_updates = Sums(), 0
+    for _ in range(config.epochs):
+        moved = torch.zeros((), device=policy.device)  # KL(old || new), summed over minibatches
+        for minibatch in rng.sample(batch, len(batch)):
+            num_tokens = sum(e.packed.num_targets for e in minibatch)
+            for e in minibatch:
+                new = policy(e.packed, temperature=config.temperature)
+                loss, stats = ppo_loss(
+                    new.logprobs, e.logprobs, e.advantages, new.values, e.values, e.returns, entropy=new.entropy,
+                    clip_low=config.clip_low, clip_high=config.clip_high, value_clip=config.value_clip,
+                    value_coef=config.value_coef, entropy_coef=config.entropy_coef, normalizer=num_tokens,
+                )  # fmt: skip
+                loss.backward()
+                sums.add(stats)
+                moved += stats["approx_kl_k3"]
+                if num_updates == 0:
+                    sums.add({"first_ratio_gap": losses.ratio_gap(new.logprobs, e.logprobs)})
+            if mix is not None:
+                sums.add({"ptx_loss": mix_in(policy, mix, optimizer.num_steps, config)})
+            sums.add(optimizer.step())
+            num_updates += 1
+        if config.kl_stop is not None and moved.item() / len(batch) > config.kl_stop:
+            break
+    return sums.take(num_updates, prefix="policy/") | {"policy/num_updates": num_updates}
+
+
+def mix_in(policy: Policy, mix: Sequence[Example], number: int, config: Config) -> Tensor:
+    """PPO-ptx (Ouyang et al. 2022, equation 2): add the gradient of ptx_coef * language-model loss on plain text."""
+    blocks = [mix[i] for i in Order(len(mix), config.ptx_batch_size, config.seed).take(number)]
+    packed = pack(blocks, policy.device)
+    loss = -policy(packed, entropy=False).logprobs.sum() / packed.num_targets
+    (config.ptx_coef * loss).backward()
+    return loss.detach()

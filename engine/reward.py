@@ -1,0 +1,110 @@
+"""The reward model: a scalar head on the SFT trunk, trained on rankings of K responses to one prompt.
+
+All pairs of a ranking are one batch element with one forward per response (Ouyang et al. 2022, section 3.5): pairs
+shuffled apart would repeat every response K-1 times an epoch, and overfit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from twinhead.engine import data, losses
+from twinhead.engine.batch import Example, micro_batches
+from twinhead.engine.config import RunConfig, Source, check
+from twinhead.engine.data import Comparison, Order
+from twinhead.engine.evaluate import reward_accuracy, score_groups
+from twinhead.engine.metrics import Sums
+from twinhead.engine.optim import Optimizer
+from twinhead.engine.policy import RewardModel
+from twinhead.engine.run import Run
+from twinhead.engine.scorers import model_scores
+from twinhead.engine.text import Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """Reward modelling on comparisons: columns prompt, completions and ranks, or prompt, chosen and rejected."""
+
+    model: str
+    """Checkpoint folder of the SFT model whose trunk the reward model starts from."""
+    data: Source
+    eval_data: Source = ""
+    """Held-out comparisons: accuracy is measured on them at the end of every epoch."""
+    demonstrations: Source = ""
+    """Rows of prompt and completion whose mean score becomes 0; without them, the best answers of `data`."""
+    output_dir: str = "runs/reward"
+    epochs: int = 1
+    """More than one overfits (Ouyang et al. 2022, section 3.5)."""
+    batch_size: int = 16
+    """Prompts of one optimizer step, each with all of its responses."""
+    max_length: int = 1024
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self,
+            epochs=(self.epochs >= 1, "at least 1"),
+            batch_size=(self.batch_size >= 1, "at least 1"),
+            max_length=(self.max_length >= 2, "at least 2"),
+        )
+
+
+def train(config: Config) -> Run:
+    """Train a reward model; the normalised model stands in config.output_dir."""
+    run = Run(config, "reward")
+    if run.finished:
+        return run
+    text = Text.from_pretrained(config.model)
+    train_set = data.comparisons(config.data, text, config.max_length)
+    eval_set = data.comparisons(config.eval_data, text, config.max_length) if config.eval_data else None
+    demonstrations = (
+        list(data.demonstrations(config.demonstrations, text, config.max_length))
+        if config.demonstrations
+        else [c.examples[c.ranks.index(min(c.ranks))] for c in train_set]
+    )
+    run.say(train_set.summary())
+    model = load(run, config)
+    order = Order(len(train_set), config.batch_size, config.seed)
+    total = order.steps(config.epochs)
+    optimizer = Optimizer(model, config, total)
+    run.track(model, text, optimizer=optimizer)
+
+    for step in run.steps(total):
+        with run.timed("update"):
+            stats = update(model, optimizer, [train_set[i] for i in order.batch(step - 1)], config)
+        if eval_set is not None and (step == total or order.epoch(step) > order.epoch(step - 1)):
+            with run.timed("evaluate"):
+                held_out = reward_accuracy(model, eval_set, config.tokens_per_micro)
+            stats |= {f"eval/{name}": value for name, value in asdict(held_out).items()}
+        if step == total:
+            stats["demonstration_mean"] = normalise(model, demonstrations, config)
+        run.log(step, stats, note=f"accuracy {stats['accuracy']:.2f}")
+    return run.finish()
+
+
+def load(run: Run, config: Config) -> RewardModel:
+    """The model of the newest checkpoint, or a new head on the SFT trunk."""
+    if run.resume_from is not None:
+        return RewardModel.from_pretrained(run.resume_from, config.torch_dtype, config.torch_device)
+    seed = run.seed("reward head")
+    return RewardModel.from_language_model(config.model, seed, config.torch_dtype, config.torch_device)
+
+
+def update(model: RewardModel, optimizer: Optimizer, batch: Sequence[Comparison], config: Config) -> dict[str, float]:
+    """One optimizer step on the mean over prompts of the mean over their pairs."""
+    lengths = [sum(len(e.prompt) + len(e.response) for e in c.examples) for c in batch]
+    sums = Sums()
+    for micro in micro_batches(batch, lengths, config.tokens_per_micro):
+        scores, ranks, cu_groups, margin = score_groups(model, micro)
+        loss = losses.kwise(scores, ranks, cu_groups, margin).sum() / len(batch)
+        loss.backward()
+        correct, pairs = losses.pair_accuracy(scores.detach(), ranks, cu_groups)
+        sums.add({"loss": loss, "accuracy": (correct / pairs.clamp(min=1)).sum() / len(batch)})
+    return sums.take() | optimizer.step()
+
+
+def normalise(model: RewardModel, demonstrations: Sequence[Example], config: Config) -> float:
+    """Shift the scores so that demonstrations average 0; returns the raw mean that became 0."""
+    model.mean += model_scores(model, demonstrations, config.tokens_per_micro).double().mean().item()
+    return model.mean

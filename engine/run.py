@@ -1,0 +1,203 @@
+"""One run: its folder, log, timers, progress bar, and the checkpoints that it resumes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import resource
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from twinhead.engine import checkpoint
+from twinhead.engine.config import RunConfig
+from twinhead.engine.metrics import JsonLines
+from twinhead.engine.optim import Optimizer
+
+# Options that change neither the weights nor the metrics: a run may be resumed under other values of them.
+FREE = ("save_every", "keep_checkpoints", "tensorboard", "output_dir")
+
+
+class Savable(Protocol):
+    """A policy, a reward model or a tokenizer."""
+
+    def save_pretrained(self, folder: Path) -> None: ...
+
+
+class Run:
+    """A training run under `config.output_dir`. Opening one that exists goes on where it stopped.
+
+    metrics.jsonl holds what the algorithm computed (the first line is the resolved configuration), timings.jsonl how
+    long it took: so the former is the same, line by line, whether or not the run was interrupted.
+    """
+
+    def __init__(self, config: RunConfig, stage: str) -> None:
+        self.config, self.stage = config, stage
+        self.dir = Path(config.output_dir)
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"output_dir: expected a folder, got {config.output_dir!r} ({error})") from error
+        self.metrics = JsonLines(self.dir / "metrics.jsonl")
+        self.timings = JsonLines(self.dir / "timings.jsonl")
+        self._seconds: dict[str, float] = {}
+        self._models: tuple[Savable, ...] = ()
+        self._optimizer: Optimizer | None = None
+        self._state: Mapping[str, Any] = {}
+        self._open()
+        self._events = _event_writer(self.dir) if config.tensorboard else None
+        self._progress: tuple[Progress, Any] | None = None
+
+    def _open(self) -> None:
+        """Compare with the run that is already here, or write the first line of a new one."""
+        header = json.loads(json.dumps(_header(self.config, self.stage), default=str))
+        earlier = next(iter(self.metrics), None)
+        checkpoints = checkpoint.found(self.dir)
+        self.start = max(checkpoints, default=0)
+        if earlier is None:
+            if checkpoints:
+                raise ValueError(f"output_dir: {self.dir} holds checkpoints but no metrics.jsonl; choose another")
+            self.metrics.write(header)
+            return
+        theirs, ours = earlier["config"], header["config"]
+        for name in ours if earlier["stage"] == self.stage else ("stage",):
+            there, here = (earlier["stage"], self.stage) if name == "stage" else (theirs.get(name), ours[name])
+            if there != here and name not in FREE:
+                raise ValueError(
+                    f"output_dir: {self.dir} holds a run with {name} = {there!r}, but {here!r} was asked for; "
+                    "choose another folder, or the same options to resume it"
+                )
+        self.metrics.keep_until(self.start)
+        self.timings.keep_until(self.start)
+
+    @property
+    def finished(self) -> bool:
+        """The final checkpoint stands in the run's folder."""
+        return (self.dir / "config.json").is_file()
+
+    @property
+    def resume_from(self) -> Path | None:
+        """The newest checkpoint folder, from which models are to be loaded instead of from the configuration."""
+        return checkpoint.found(self.dir).get(self.start)
+
+    def track(self, *models: Savable, optimizer: Optimizer, **state: Any) -> None:
+        """What checkpoints hold: models and tokenizer, the optimizer, and small objects whose __dict__ is JSON.
+
+        On a resumed run the optimizer and the state are put back here; models are loaded from `resume_from`.
+        """
+        self._models, self._optimizer, self._state = models, optimizer, state
+        weights = sum(p.numel() * p.element_size() for p in optimizer.parameters.values())
+        checkpoint.ensure_room(self.dir, 3 * weights)
+        if self.resume_from is not None:
+            tensors, saved = checkpoint.load_state(self.resume_from)
+            optimizer.restore(tensors, saved["optimizer"])
+            for name, item in state.items():
+                vars(item).update(saved[name])
+
+    def steps(self, total: int) -> Iterator[int]:
+        """Steps 1..total that are still to do, under a progress bar; a checkpoint follows where one is due."""
+        name, note = TextColumn(f"[bold]{self.stage}"), TextColumn("{task.fields[note]}")
+        columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task(self.stage, total=total, completed=self.start, note="")
+            self._progress = (progress, task)
+            for step in range(self.start + 1, total + 1):
+                yield step
+                progress.advance(task)
+                every = self.config.save_every
+                if step == total or (every and step % every == 0):
+                    self.save(step)
+
+    def say(self, sentence: str) -> None:
+        """Tell the person at the terminal something that is no metric."""
+        console = self._progress[0].console if self._progress is not None else Console(stderr=True)
+        console.print(f"[bold]{self.stage}[/]  {escape(sentence)}", highlight=False)
+
+    def seed(self, purpose: str, step: int = 0) -> int:
+        """An independent seed for every purpose and step: nothing of a random state has to be saved."""
+        return zlib.crc32(f"{self.config.seed}/{purpose}/{step}".encode())
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds of this block to the step's timings."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - began
+
+    def log(self, step: int, values: Mapping[str, float], note: str = "") -> None:
+        """Write one line of metrics and one of timings; `note` stands beside the progress bar."""
+        self.metrics.write({"step": step, **values})
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        seconds = {f"seconds/{phase}": round(value, 4) for phase, value in self._seconds.items()}
+        self.timings.write({"step": step, **seconds, "peak_rss_mb": peak})
+        self._seconds = {}
+        if self._events is not None:
+            for name, value in values.items():
+                if value is not None:
+                    self._events.add_scalar(name, value, step)
+        if self._progress is not None:
+            progress, task = self._progress
+            progress.update(task, note=note)
+
+    def skip(self, step: int, values: Mapping[str, float], reason: str) -> None:
+        """Log a step that updated nothing, and count it. Raises ValueError after 10 in a row."""
+        skipped = 0
+        for record in reversed(list(self.metrics)):
+            if "guard/nonfinite_batches" not in record:
+                break
+            skipped += 1
+        self.log(step, {**values, "guard/nonfinite_batches": skipped + 1}, note=f"skipped: {reason}")
+        if skipped + 1 >= 10:
+            raise ValueError(f"step {step}: 10 batches in a row were skipped, the last one for {reason}")
+
+    def save(self, step: int) -> None:
+        """checkpoint-<step>, whole or not at all; the oldest ones beyond keep_checkpoints go."""
+        checkpoint.write_folder(self.dir / f"checkpoint-{step}", self._write_checkpoint)
+        for old in list(checkpoint.found(self.dir).values())[: -self.config.keep_checkpoints]:
+            checkpoint.remove(old)
+
+    def finish(self) -> Run:
+        """Write the final models into the run's folder itself, where from_pretrained finds them."""
+        checkpoint.merge_folder(self.dir, self._write_models)
+        if self._events is not None:
+            self._events.close()
+        return self
+
+    def _write_models(self, folder: Path) -> None:
+        for model in self._models:
+            model.save_pretrained(folder)
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        assert self._optimizer is not None, "track() comes before the first checkpoint"
+        self._write_models(folder)
+        tensors, counters = self._optimizer.state()
+        checkpoint.save_state(folder, tensors, {"optimizer": counters, **{k: vars(v) for k, v in self._state.items()}})
+
+
+def _header(config: RunConfig, stage: str) -> dict[str, Any]:
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return {"stage": stage, "config": dataclasses.asdict(config), "versions": versions}
+
+
+def _event_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("tensorboard: expected its package, got none (pip install 'twinhead[tensorboard]')") from error
+    return SummaryWriter(str(folder / "tensorboard"))
