@@ -7,7 +7,7 @@ from pathlib import Path
 
 import transformers
 
-from benchmarks import quality
+from benchmarks import quality, readme
 
 
 def main() -> None:
@@ -18,7 +18,12 @@ def main() -> None:
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of the runs; they resume")
     options.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of JSON and pictures")
+    options = commands.add_parser("readme", help="write the README's tables from the results")
+    options.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args()
+    if given.command == "readme":
+        readme.main(Path("README.md"), given.results)
+        return
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     quality.main(given.seeds, given.runs, given.results)

@@ -147,14 +147,3 @@ def micro_batches(items: Sequence[T], lengths: Sequence[int], tokens_per_micro: 
         used += length
     if micro:
         yield micro
-
-
-@dataclass(frozen=True, slots=True)
-class Experience:
-    """One micro-batch of rollouts, frozen before the first gradient step. Packed once, reused in every epoch."""
-
-    packed: Packed
-    logprobs: Tensor  # (R,) of the policy that sampled
-    values: Tensor  # (R,)
-    advantages: Tensor  # (R,)
-    returns: Tensor  # (R,)

@@ -84,6 +84,12 @@ def remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def sweep(folder: Path) -> None:
+    """Delete what a crash left half-written or half-removed beside the checkpoints."""
+    for rest in folder.glob(".checkpoint-*"):
+        shutil.rmtree(rest)
+
+
 def ensure_room(folder: Path, num_bytes: int) -> None:
     """Raise OSError when a checkpoint of this size would not fit beside the one that it replaces."""
     free = shutil.disk_usage(folder).free

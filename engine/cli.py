@@ -12,6 +12,7 @@ from pathlib import Path
 
 import transformers
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from twinhead.engine import data, demo, ppo, report, reward, scorers, sft
@@ -109,6 +110,8 @@ def run_demo(config: demo.Config) -> None:
 
 def run_generate(config: GenerateConfig) -> None:
     """Answer prompts, on the terminal or into a file."""
+    if not Path(config.output).parent.is_dir():
+        raise ValueError(f"output: expected a file in a folder that exists, got {config.output!r}")
     text = Text.from_pretrained(config.model)
     rows = [{"prompt": config.prompt}] if config.prompt else config.prompts
     asked = data.prompts(rows, text, config.max_prompt_tokens)
@@ -125,7 +128,8 @@ def run_generate(config: GenerateConfig) -> None:
         return
     console = Console()
     for answer in answers:
-        console.print(f"[bold]>[/] {answer['prompt']}\n{answer['completion']}\n", highlight=False, markup=True)
+        asked_and_answered = escape(f"{answer['prompt']}\n{answer['completion']}\n")
+        console.print(f"[bold]>[/] {asked_and_answered}", highlight=False, soft_wrap=True)
 
 
 def run_evaluate(config: EvaluateConfig) -> None:
@@ -134,6 +138,8 @@ def run_evaluate(config: EvaluateConfig) -> None:
     policy = Policy.from_pretrained(config.model, critic="none") if config.model else None
     text = Text.from_pretrained(config.model or config.reward_model)
     judge = RewardModel.from_pretrained(config.reward_model) if config.reward_model else None
+    if config.reward_model:
+        scorers.check_tokenizer(config.reward_model, text)
     for name, source, read in (("data", config.data, data.demonstrations), ("text", config.text, data.documents)):
         if policy is not None and source:
             found = perplexity(policy, read(source, text, config.max_length))

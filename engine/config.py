@@ -75,6 +75,8 @@ class RunConfig:
     def torch_device(self) -> torch.device:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device: expected cpu or auto on a machine without CUDA, got 'cuda'")
         return torch.device(self.device)
 
 
@@ -90,13 +92,12 @@ def parse(cls: type[C], args: Sequence[str], program: str) -> C:
 
     Raises ValueError for an unknown option (with the nearest right one), a missing file or a file that is no mapping.
     """
-    given = list(args)
+    given = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" in given:
         at = given.index("--config")
         if at + 1 == len(given):
             raise ValueError("--config: expected the path of a YAML file, got nothing")
-        given[at : at + 2] = []
-        given = read_yaml(cls, args[at + 1]) + given
+        given = read_yaml(cls, given[at + 1]) + given[:at] + given[at + 2 :]
     for arg in given:
         if arg.startswith("--"):
             _known(cls, arg.removeprefix("--").split("=")[0].replace("-", "_"))
@@ -109,7 +110,7 @@ def read_yaml(cls: type, path: str) -> list[str]:
         raise ValueError(f"--config: expected a YAML file, got {path!r}, which does not exist")
     try:
         options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path}: expected a mapping of options, got {type(options).__name__}")

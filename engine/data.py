@@ -98,16 +98,20 @@ def _words(value: Any, column: str) -> Words:
     return value
 
 
-def _answer(text: Text, prompt: Words, completion: Words) -> Example:
-    """A prompt and its completion as one row. After a conversation, plain text is the assistant's next reply."""
-    if isinstance(prompt, str):
-        if not isinstance(completion, str):
+def _answer(text: Text, prompt: Words, completion: Words, finished: bool = True) -> Example:
+    """A prompt and its completion as one row. After a conversation, plain text is the assistant's next reply.
+
+    A plain completion that was cut off (not `finished`) has no EOS: the reward model sees it as the sampler left it.
+    """
+    if not isinstance(completion, str):
+        if isinstance(prompt, str):
             raise ValueError("expected prompt and completion to be both text or both messages, got text and messages")
-        if not completion.strip():
-            raise _Unusable("empty completion")  # its EOS would teach silence
-        return Example(text.prompt(prompt), text.completion(completion))
-    reply = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-    return _conversation(text, [*prompt, *reply], first=len(prompt))
+        return _conversation(text, [*prompt, *completion], first=len(prompt))
+    if not completion.strip():
+        raise _Unusable("empty completion")  # its EOS would teach silence
+    if isinstance(prompt, str) or not finished:
+        return Example(text.prompt(prompt), text.completion(completion, append_eos=finished))
+    return text.conversation([*prompt, {"role": "assistant", "content": completion}], first=len(prompt))
 
 
 def _conversation(text: Text, messages: Sequence[Message], first: int = 0) -> Example:
@@ -197,9 +201,9 @@ def documents(source: Source, text: Text, max_length: int) -> Loaded[Example]:
         document = _column(row, "text", wanted="the column text")
         if not isinstance(document, str):
             raise ValueError(f"expected text to be text, got {kind(document)}")
-        ids = text.document(document)
-        if not document.strip() or len(ids) < 2:
+        if not document.strip():
             raise _Unusable("empty text")
+        ids = text.document(document)
         starts = range(0, len(ids) - 1, max_length - 1)
         return [Example([ids[s]], ids[s + 1 : s + max_length]) for s in starts], False
 
@@ -211,7 +215,8 @@ def comparisons(source: Source, text: Text, max_length: int) -> Loaded[Compariso
 
     pairs   `chosen` and `rejected`, text or messages, with `prompt` or without: then what both begin with is the
             prompt (whole words, or whole messages). Optional `margin`: a number.
-    ranked  `prompt`, `completions` (K texts) and `ranks` (K integers, smaller is better, ties allowed).
+    ranked  `prompt`, `completions` (K texts) and `ranks` (K integers, smaller is better, ties allowed). Optional
+            `finished` (K booleans): a completion that was cut off gets no EOS.
 
     Too long answers are cut on the right. Dropped and counted, because they hold no preference: fewer than two answers,
     all tied, all the same within `max_length`, an empty one, or a prompt that leaves no room.
@@ -225,7 +230,9 @@ def comparisons(source: Source, text: Text, max_length: int) -> Loaded[Compariso
             raise _Unusable("fewer than two answers")
         if len(set(ranks)) == 1:
             raise _Unusable("all answers tied")
-        fitted = [_fit(_answer(text, prompt, answer), max_length) for answer in answers]
+        ended = _finished(row, len(answers))
+        answered = [_answer(text, prompt, a, e) for a, e in zip(answers, ended, strict=True)]
+        fitted = [_fit(example, max_length) for example in answered]
         examples = [example for example, _ in fitted]
         if any(example.prompt != examples[0].prompt for example in examples):
             raise ValueError("expected answers to one prompt, got answers that begin with another question")
@@ -257,8 +264,6 @@ def _pair(row: Row) -> tuple[Words, list[Words], list[int]]:
     chosen, rejected = (_words(_column(row, name, wanted=wanted), name) for name in ("chosen", "rejected"))
     if row.get("prompt") is not None:
         return _words(row["prompt"], "prompt"), [chosen, rejected], [0, 1]
-    if chosen == rejected:
-        raise _Unusable("all answers the same")
     if isinstance(chosen, str) and isinstance(rejected, str):
         start = _shared_words(chosen, rejected)
     elif isinstance(chosen, list) and isinstance(rejected, list):
@@ -284,6 +289,15 @@ def _shared_messages(a: Sequence[Message], b: Sequence[Message]) -> int:
     if start == 0:
         raise ValueError("expected chosen and rejected to begin with the same message, or a prompt column, got neither")
     return start
+
+
+def _finished(row: Row, num: int) -> list[bool]:
+    finished = row.get("finished")
+    if finished is None:
+        return [True] * num
+    if not isinstance(finished, list) or len(finished) != num or not all(isinstance(f, bool) for f in finished):
+        raise ValueError(f"expected finished to hold one boolean per completion ({num}), got {finished!r}")
+    return finished
 
 
 def _margin(row: Row) -> float:

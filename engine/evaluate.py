@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from twinhead.engine import losses
-from twinhead.engine.batch import Example, Experience, Rollout, TokenSequence, cumulative, micro_batches, pack
+from twinhead.engine.batch import Example, Rollout, TokenSequence, cumulative, micro_batches, pack
 from twinhead.engine.data import Prompt
+from twinhead.engine.experience import Batch
 from twinhead.engine.generate import Sampling, generate
 from twinhead.engine.policy import Policy, RewardModel
 from twinhead.engine.scorers import RewardFunction, model_scores, score_with
 from twinhead.engine.text import Text
+from twinhead.engine.trunk import check_fit
 
 MICRO = 16384  # tokens of one forward pass
 
@@ -33,6 +35,7 @@ class Perplexity:
 @torch.no_grad()
 def perplexity(policy: Policy, examples: Sequence[TokenSequence], tokens_per_micro: int = MICRO) -> Perplexity:
     """The mean negative log-likelihood of every target token of a held-out set, and its exponential."""
+    check_fit(policy.model, examples)
     total, count = 0.0, 0
     lengths = [len(e.prompt) + len(e.response) for e in examples]
     for micro in micro_batches(examples, lengths, tokens_per_micro):
@@ -70,6 +73,7 @@ class RewardAccuracy:
 @torch.no_grad()
 def reward_accuracy(model: RewardModel, comparisons: Sequence[Ranked], tokens_per_micro: int = MICRO) -> RewardAccuracy:
     """How often the reward model orders a held-out pair as its ranking does."""
+    check_fit(model.model, [example for comparison in comparisons for example in comparison.examples])
     correct, pairs, loss = [], [], []
     lengths = [sum(len(e.prompt) + len(e.response) for e in c.examples) for c in comparisons]
     for micro in micro_batches(comparisons, lengths, tokens_per_micro):
@@ -169,7 +173,8 @@ class Contest:
         total = 0.0
         for micro in micro_batches(rollouts, [len(r.prompt) + len(r.response) for r in rollouts], MICRO):
             packed = pack(micro, self.baseline.device)
-            theirs = self.baseline(packed, temperature=self.sampling.temperature, entropy=False).logprobs
+            temperature = self.sampling.temperature or 1.0  # greedy log-probs are those of the untempered distribution
+            theirs = self.baseline(packed, temperature=temperature, entropy=False).logprobs
             total += (torch.cat([r.logprobs for r in micro]) - theirs).double().sum().item()
         return total / len(rollouts)
 
@@ -185,7 +190,7 @@ def describe(rollouts: Sequence[Rollout], sources: dict[str, Tensor]) -> dict[st
     }
 
 
-def objective(batch: Sequence[Sequence[Experience]], kl: Tensor, scores: Tensor, kl_coef: float) -> dict[str, float]:
+def objective(batch: Batch, kl: Tensor, scores: Tensor, kl_coef: float) -> dict[str, float]:
     """Statistics of what PPO maximises (spec 3.8). kl: (S,) nats per sequence; scores: (S,) after the EOS rule."""
     every = [e for minibatch in batch for e in minibatch]
     values, returns, advantages = (

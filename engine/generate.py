@@ -187,7 +187,7 @@ def uniforms(seed: int, rows: Tensor, num: int) -> Tensor:
 
 def _mix(x: Tensor) -> Tensor:
     """A bijection of int64 in which every input bit reaches every output bit (arithmetic wraps)."""
-    x = x * -7046029254386353131  # 0x9E3779B97F4A7C15, the golden ratio
+    x = (x + 1) * -7046029254386353131  # 0x9E3779B97F4A7C15, the golden ratio; + 1, as 0 would stay 0
     x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -4658895280553007687
     x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * -7723592293110705685
     return x ^ (x >> 31 & 0x1FFFFFFFF)

@@ -52,15 +52,17 @@ class JsonLines:
 
     def write(self, record: Mapping[str, Any]) -> None:
         line = json.dumps({k: _plain(v) for k, v in record.items()}, ensure_ascii=False)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise OSError(f"could not write {self.path}: {error}") from error
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Records that were written whole: a line cut by a crash is not one."""
         if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n"):
-                    yield json.loads(line)
+            *whole, _ = self.path.read_bytes().split(b"\n")
+            yield from map(json.loads, whole)
 
     def keep_until(self, step: int) -> None:
         """Forget every record after `step`: a resumed run writes them again."""

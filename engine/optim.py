@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,20 +12,29 @@ from twinhead.engine.config import RunConfig
 
 
 class Optimizer:
-    """AdamW over every trainable parameter; matrices decay, vectors do not."""
+    """AdamW over every trainable parameter; matrices decay, vectors do not.
 
-    def __init__(self, module: nn.Module, config: RunConfig, total_steps: int) -> None:
+    scales: factors of the learning rate for parameters by the beginning of their name.
+    """
+
+    def __init__(
+        self, module: nn.Module, config: RunConfig, total_steps: int, scales: Mapping[str, float] | None = None
+    ) -> None:
         self.config, self.total_steps = config, total_steps
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError("expected at least one trainable parameter, got none")
-        groups = [
-            {"params": [p for p in self.parameters.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in self.parameters.values() if p.ndim < 2], "weight_decay": 0.0},
-        ]
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, p in self.parameters.items():
+            scale = next((s for prefix, s in (scales or {}).items() if name.startswith(prefix)), 1.0)
+            groups.setdefault((scale, config.weight_decay if p.ndim >= 2 else 0.0), []).append(p)
         betas = (config.adam_beta1, config.adam_beta2)
         self.adam = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=config.learning_rate, betas=betas, eps=config.adam_eps, fused=True
+            [{"params": ps, "weight_decay": decay, "scale": scale} for (scale, decay), ps in groups.items()],
+            lr=config.learning_rate,
+            betas=betas,
+            eps=config.adam_eps,
+            fused=True,
         )
         self.num_steps = 0
         self.skipped = 0
@@ -35,19 +45,20 @@ class Optimizer:
         return learning_rate(self.config, self.num_steps, self.total_steps)
 
     def step(self) -> dict[str, float]:
-        """Clip, update, clear. A non-finite gradient updates nothing and is counted. Returns what happened."""
+        """Clip, update, clear. A non-finite gradient updates nothing and is counted (its norm is reported as 0)."""
         limit = self.config.max_grad_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit).item()
         rate = self.learning_rate
-        if math.isfinite(norm):
+        finite = math.isfinite(norm)
+        if finite:
             for group in self.adam.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["scale"]
             self.adam.step()
         else:
             self.skipped += 1
         self.num_steps += 1
         self.adam.zero_grad(set_to_none=True)
-        return {"grad_norm": norm, "learning_rate": rate}
+        return {"grad_norm": norm if finite else 0.0, "learning_rate": rate, "skipped_updates": float(not finite)}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Everything that the next step depends on: tensors by parameter name, and counters."""

@@ -22,9 +22,11 @@ svg { width: 100%; max-width: 34rem; height: auto; overflow: visible; }
 svg text { font-family: inherit !important; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem 0 .25rem 1.2rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--grid); }
+th, td { padding: .25rem 0 .25rem 1.2rem; text-align: right; vertical-align: top; }
+th, td { border-bottom: 1px solid var(--grid); }
 th { font-weight: 500; }
 th:first-child, td:first-child { padding-left: 0; text-align: left; }
+.wide th, .wide td:first-child { white-space: nowrap; }
 .words td { text-align: left; overflow-wrap: anywhere; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1.5rem 2rem; }
 .cards table { width: 100%; margin-top: .25rem; }
@@ -65,7 +67,7 @@ def join(*parts: str) -> Html:
 
 
 def element(tag: str, *parts: str, **attributes: str) -> Html:
-    """<tag>parts</tag>; the attribute class is written class_. Empty without parts: what has no content is not shown."""
+    """<tag>parts</tag>; the attribute class is written class_. Empty without parts: what is empty is not shown."""
     given = "".join(f' {name.rstrip("_")}="{escape(value)}"' for name, value in attributes.items())
     inner = join(*parts)
     return Html(f"<{tag}{given}>{inner}</{tag}>") if inner else Html()

@@ -7,14 +7,15 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, ScalarFormatter
 
 # A colour belongs to a stage, or to a kind of score, in every picture and table. Each is (on white, on black): Okabe
 # and Ito's palette, which colour-blind people can tell apart, darkened or lightened until it can be read as text.
@@ -33,8 +34,10 @@ COLOURS = {
 WIDTH, HEIGHT = 4.4, 3.0  # inches of one panel
 TOP, BOTTOM = 0.62, 0.52  # inches above and below its axes
 LINE_HEIGHT = 11.0  # points between two labels
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8.5,
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same picture everywhere
+    "text.parse_math": False,  # a dollar sign in a label is a dollar sign
     "svg.fonttype": "none",  # text stays text: it takes the page's font and can be selected
     "svg.hashsalt": "twinhead",  # the same data gives the same file
     "axes.spines.top": False,
@@ -127,12 +130,19 @@ class Curves:
     def _scale(self, axes: Axes) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        if max(map(abs, axes.get_ylim())) >= 0.001:
+            plain = ScalarFormatter(useOffset=False)
+            plain.set_scientific(False)
+            axes.yaxis.set_major_formatter(plain)
+        else:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}".replace("-", "−")))
         axes.grid(axis="x", visible=False)
         if self.share:
-            values = [v for line in self.lines for v in (*line.y, *line.high) if math.isfinite(v)]
-            axes.set_ylim(0, max([1.0, *values]) * 1.03)
-            axes.yaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f}%"))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
+            axes.set_ylim(0, max(0.01, axes.get_ylim()[1]))
+            if axes.get_ylim()[1] > 0.5:
+                axes.set_ylim(0, 1.03)
+                axes.yaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
         if self.root:
             far = max((v for line in self.lines for v in line.x if math.isfinite(v)), default=1.0)
             axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
@@ -143,14 +153,15 @@ class Curves:
 
     def _label_ends(self, axes: Axes) -> None:
         """Write every name beside the last point of its line, moved apart where two would overlap."""
-        ends = [(*_last(line), line.label, line.colour) for line in self.lines if line.label]
-        ends += [(math.nan, level.y, level.label, level.colour) for level in self.levels]
+        ends = [(y, line.label, line.colour) for line in self.lines for y in _last(line)]
+        ends += [(level.y, level.label, level.colour) for level in self.levels]
         points_per_unit = 72 * (HEIGHT - TOP - BOTTOM) / np.ptp(axes.get_ylim())
-        wanted = [y * points_per_unit for _, y, _, _ in ends]
-        for (_, y, label, colour), height, place in zip(ends, wanted, spread(wanted, LINE_HEIGHT), strict=True):
+        wanted = [y * points_per_unit for y, _, _ in ends]
+        for (y, label, colour), height, place in zip(ends, wanted, spread(wanted, LINE_HEIGHT), strict=True):
             axes.annotate(
-                f"{label} {number(y, self.share)}", (1, y), (5, place - height), xycoords=axes.get_yaxis_transform(),
-                textcoords="offset points", color=COLOURS[colour][0], va="center", annotation_clip=False,
+                f"{label} {number(y, self.share)}".strip(), (1, y), (5, place - height), va="center",
+                xycoords=axes.get_yaxis_transform(), textcoords="offset points", color=COLOURS[colour][0],
+                annotation_clip=False,
             )  # fmt: skip
 
 
@@ -188,9 +199,9 @@ class Picture:
     caption: str = ""
 
 
-def figure(panels: Sequence[Panel], columns: int = 3) -> Figure:
-    """All panels in one figure, row by row."""
-    columns = min(columns, len(panels))
+def figure(panels: Sequence[Panel]) -> Figure:
+    """All panels in one figure, row by row, three in a row."""
+    columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     wide, high = WIDTH * columns, HEIGHT * rows
     with matplotlib.rc_context(STYLE):
@@ -202,7 +213,9 @@ def figure(panels: Sequence[Panel], columns: int = 3) -> Figure:
             axes = drawn.add_axes(((x + before) / wide, (y + BOTTOM) / high, width / wide, height / high))
             panel.draw(axes)
             left = (0.08 - before) / width  # title and unit stand flush left above the axes, where they are read first
-            axes.set_title(panel.title, loc="left", x=left, y=1 + 0.34 / height, pad=0, fontsize=10.5, fontweight="bold")
+            axes.set_title(
+                panel.title, loc="left", x=left, y=1 + 0.34 / height, pad=0, fontsize=10.5, fontweight="bold"
+            )
             axes.yaxis.set_label_coords(left, 1 + 0.13 / height)
     return drawn
 
@@ -231,7 +244,7 @@ def svg(panel: Panel, name: str) -> str:
     drawn = re.sub(r' (?:width|height)="[\d.]+pt"| xmlns(?::xlink)?="[^"]*"| version="1.1"', "", drawn)
     for variable, (on_white, _) in COLOURS.items():
         drawn = drawn.replace(on_white, f"var(--{variable})")
-    return drawn.replace("<svg", '<svg role="img"', 1)
+    return drawn.replace("<svg", f'<svg role="img" aria-label="{escape(panel.title)}"', 1)
 
 
 def over_optimisation(points: Sequence[dict[str, float]], title: str) -> Figure:
@@ -281,14 +294,14 @@ def number(value: float, share: bool = False) -> str:
     if share:
         return f"{100 * value:.0f}%"
     size = math.floor(math.log10(abs(value))) if value else 0
-    written = f"{value:.{max(0, (2 if size >= 0 else 1) - size)}f}" if -4 < size < 5 else f"{value:.1e}"
+    written = f"{value:.{max(0, (2 if size >= 0 else 1) - size)}f}" if -5 < size < 5 else f"{value:.1e}"
     return written.replace("-", "−")
 
 
 def _draw_line(axes: Axes, line: Line) -> None:
     shade = COLOURS[line.colour][0]
     lonely = sum(map(math.isfinite, line.y)) == 1
-    if line.low:
+    if any(map(math.isfinite, line.low)):
         axes.fill_between(line.x, line.low, line.high, color=shade, alpha=0.16, linewidth=0)
     axes.plot(
         line.x, line.y, color=shade, linewidth=1.8, solid_capstyle="round",
@@ -297,23 +310,18 @@ def _draw_line(axes: Axes, line: Line) -> None:
 
 
 def _draw_note(axes: Axes, note: Note) -> None:
-    """A ring, and its text below it; beside it where the y axis is near."""
+    """A ring, and its text below it."""
     shade = COLOURS[note.colour][0]
     axes.plot(
-        [note.x], [note.y], "o", markersize=8, markerfacecolor=COLOURS["paper"][0], markeredgecolor=shade, markeredgewidth=1.8,
+        [note.x], [note.y], "o", color=shade, markersize=8, markerfacecolor=COLOURS["paper"][0], markeredgewidth=1.8,
         clip_on=False, zorder=3,
     )  # fmt: skip
-    left, right = axes.get_xlim()
-    beside = note.x - left < 0.1 * (right - left)
-    axes.annotate(
-        note.text, (note.x, note.y), (9, -1) if beside else (0, -10), textcoords="offset points", color=shade,
-        ha="left" if beside else "center", va="center" if beside else "top",
-    )  # fmt: skip
+    axes.annotate(note.text, (note.x, note.y), (0, -10), textcoords="offset points", color=shade, ha="center", va="top")
 
 
-def _last(line: Line) -> tuple[float, float]:
-    known = [(x, y) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
-    return known[-1] if known else (math.nan, math.nan)
+def _last(line: Line) -> Sequence[float]:
+    """The last value of a line, or none."""
+    return [y for y in line.y if math.isfinite(y)][-1:]
 
 
 def _root_ticks(far: float) -> list[float]:

@@ -12,17 +12,18 @@ over response tokens: there is no padding, hence no mask.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from twinhead.engine import data, losses, scorers
-from twinhead.engine.batch import Example, Experience, Packed, Rollout, micro_batches, pack
+from twinhead.engine import data, losses, scorers, weights
+from twinhead.engine.batch import Example, Packed, Rollout, pack
 from twinhead.engine.config import RunConfig, Source, check
 from twinhead.engine.data import Order
 from twinhead.engine.evaluate import describe, objective
+from twinhead.engine.experience import Batch, Experience, deal, whitened
 from twinhead.engine.generate import Sampling, generate
 from twinhead.engine.metrics import Sums
 from twinhead.engine.optim import Optimizer
@@ -30,10 +31,10 @@ from twinhead.engine.policy import CRITICS, Policy, RewardModel
 from twinhead.engine.run import Run
 from twinhead.engine.scorers import RewardFunction, Scorer
 from twinhead.engine.text import Text
-from twinhead.kernels import gae, ppo_loss, whiten
+from twinhead.engine.trunk import check_fit
+from twinhead.kernels import gae, ppo_loss
 
 Evaluation = Callable[[Policy], dict[str, float]]
-Batch = list[list[Experience]]  # minibatches of micro-batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class Config(RunConfig):
     old_logprobs: str = "rollout"  # rollout: as the sampler saw them; recompute: by one more forward of the trainer
     critic: str = "shared"  # shared; detached: the value loss does not reach the trunk
     value_init: str = "zero"  # zero; reward_model: the reward head, where no value head lies beside the model
+    value_lr_scale: float = 30.0  # learning rate of the value head, which starts from nothing, over learning_rate
     kl_coef: float = 0.05  # reward per nat of log pi - log pi_ref, at every token
     kl_target_nats: float | None = None  # per sequence; adapts kl_coef towards it (None: kl_coef is fixed)
     kl_horizon: int = 10_000  # sequences over which kl_coef adapts
@@ -90,8 +92,11 @@ class Config(RunConfig):
             critic=(self.critic in CRITICS[:2], "shared or detached"),
             value_init=(self.value_init in ("zero", "reward_model"), "zero or reward_model"),
             kl_coef=(self.kl_coef >= 0, "at least 0"),
+            kl_target_nats=(not self.kl_target_nats or self.kl_coef > 0, "none with a kl_coef of 0, which never grows"),
+            score_clip=(self.score_clip is None or self.score_clip > 0, "above 0"),
             lam=(0 <= self.lam <= 1, "0 to 1"),
             gamma=(0 <= self.gamma <= 1, "0 to 1"),
+            ptx_batch_size=(self.ptx_batch_size >= 1, "at least 1"),
         )
 
 
@@ -106,7 +111,12 @@ def train(config: Config, reward_funcs: Sequence[RewardFunction] = (), evaluate:
     run.say(prompts.summary())
     functions = [*map(scorers.load_function, config.reward_functions), *reward_funcs]
     policy, reference, scorer = load(config, run, text, functions)
-    optimizer = Optimizer(policy, config, config.steps * config.epochs * config.minibatches)
+    for model in (policy, scorer.reward_model):
+        if model is not None:
+            check_fit(model.model, [Example(p.tokens, []) for p in prompts], config.max_new_tokens)
+    check_fit(policy.model, mix or [])
+    scales = {"value_head.": config.value_lr_scale}
+    optimizer = Optimizer(policy, config, config.steps * config.epochs * config.minibatches, scales)
     kl = losses.AdaptiveKL(config.kl_coef, config.kl_target_nats, config.kl_horizon)
     run.track(policy, text, optimizer=optimizer, kl=kl)
     order = Order(len(prompts), config.rollouts_per_step, config.seed)
@@ -142,7 +152,7 @@ def load(config: Config, run: Run, text: Text, functions: Sequence[RewardFunctio
     if config.reward_model:
         reward_model = RewardModel.from_pretrained(config.reward_model, dtype, device).requires_grad_(False).eval()
         scorers.check_tokenizer(config.reward_model, text)
-    if config.value_init == "reward_model" and run.resume_from is None:
+    if config.value_init == "reward_model" and weights.load_head(run.resume_from or config.model) is None:
         policy.value_from(reward_model)
     return policy, reference, Scorer(text, reward_model, functions, config.reward_weights, config.tokens_per_micro)
 
@@ -175,7 +185,7 @@ def examine(
         scores = scores.clamp(-config.score_clip, config.score_clip)
     batch: Batch = []
     kls: list[Tensor] = []
-    for minibatch in deal(rollouts, config, seed):
+    for minibatch in deal(rollouts, config.minibatches, config.tokens_per_micro, seed):
         batch.append([])
         for micro in minibatch:
             packed = pack([rollouts[i] for i in micro], policy.device)
@@ -189,19 +199,6 @@ def examine(
     return whitened(batch), objective(batch, torch.cat(kls), scores, kl_coef)
 
 
-def deal(rollouts: list[Rollout], config: Config, seed: int) -> list[list[list[int]]]:
-    """Indices of rollouts, shuffled into minibatches and cut into micro-batches.
-
-    The composition holds for the whole step and only the order of minibatches changes between epochs, so that old and
-    new log-probs come from the same products: at learning rate 0 their ratio is exactly 1.
-    """
-    indices = list(range(len(rollouts)))
-    random.Random(seed).shuffle(indices)
-    minibatches = [indices[i :: config.minibatches] for i in range(config.minibatches)]
-    lengths = [len(r.prompt) + len(r.response) for r in rollouts]
-    return [list(micro_batches(m, [lengths[i] for i in m], config.tokens_per_micro)) for m in minibatches]
-
-
 def behaviour(policy: Policy, packed: Packed, rollouts: list[Rollout], config: Config) -> tuple[Tensor, Tensor]:
     """(R,) log-probs and (R,) values of the policy that sampled: kept from the decode step, or computed once more."""
     if config.old_logprobs == "recompute":
@@ -209,14 +206,6 @@ def behaviour(policy: Policy, packed: Packed, rollouts: list[Rollout], config: C
         assert scored.values is not None, "PPO runs with a critic"
         return scored.logprobs, scored.values
     return torch.cat([r.logprobs for r in rollouts]), torch.cat([r.values for r in rollouts if r.values is not None])
-
-
-def whitened(batch: Batch) -> Batch:
-    """The same batch with advantages of mean 0 and variance 1 over all of its tokens (spec 3.6.2)."""
-    every = [e for minibatch in batch for e in minibatch]
-    advantages = whiten(torch.cat([e.advantages for e in every]))
-    parts = iter(advantages.split([e.packed.num_targets for e in every]))
-    return [[replace(e, advantages=next(parts)) for e in minibatch] for minibatch in batch]
 
 
 def update(
@@ -241,6 +230,7 @@ def update(
                     value_coef=config.value_coef, entropy_coef=config.entropy_coef, normalizer=num_tokens,
                 )  # fmt: skip
                 loss.backward()
+                stats = shares(stats, e.packed.num_targets / num_tokens)
                 sums.add(stats)
                 moved += stats["approx_kl_k3"]
                 if num_updates == 0:
@@ -252,6 +242,12 @@ def update(
         if config.kl_stop is not None and moved.item() / len(batch) > config.kl_stop:
             break
     return sums.take(num_updates, prefix="policy/") | {"policy/num_updates": num_updates}
+
+
+def shares(stats: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """What one micro-batch adds to its minibatch: means over its own tokens count by its share of all tokens."""
+    whole = ("pg_loss", "vf_loss", "ratio_max")  # two are divided by the minibatch's count already, one is a maximum
+    return {name: value if name in whole else share * value for name, value in stats.items()}
 
 
 def mix_in(policy: Policy, mix: Sequence[Example], number: int, config: Config) -> Tensor:

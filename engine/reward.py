@@ -20,6 +20,7 @@ from twinhead.engine.policy import RewardModel
 from twinhead.engine.run import Run
 from twinhead.engine.scorers import model_scores
 from twinhead.engine.text import Text
+from twinhead.engine.trunk import check_fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,8 @@ def train(config: Config) -> Run:
     )
     run.say(train_set.summary())
     model = load(run, config)
+    ranked = [example for comparison in [*train_set, *(eval_set or [])] for example in comparison.examples]
+    check_fit(model.model, [*ranked, *demonstrations])
     order = Order(len(train_set), config.batch_size, config.seed)
     total = order.steps(config.epochs)
     optimizer = Optimizer(model, config, total)

@@ -71,7 +71,7 @@ def _parse(content: bytes, where: str) -> Any:
         return json.loads(_decode(content, where))
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}" if error.lineno > 1 else f"column {error.colno}"
-        raise ValueError(f"{where}: not valid JSON ({error.msg} at {place})") from error
+        raise ValueError(f"{where}: not valid JSON ({error.msg.removesuffix(' at')} at {place})") from error
 
 
 def _decode(content: bytes, where: str) -> str:

@@ -61,14 +61,18 @@ class Run:
     def _open(self) -> None:
         """Compare with the run that is already here, or write the first line of a new one."""
         header = json.loads(json.dumps(_header(self.config, self.stage), default=str))
-        earlier = next(iter(self.metrics), None)
+        checkpoint.sweep(self.dir)
+        lines = list(self.metrics)
         checkpoints = checkpoint.found(self.dir)
         self.start = max(checkpoints, default=0)
-        if earlier is None:
-            if checkpoints:
-                raise ValueError(f"output_dir: {self.dir} holds checkpoints but no metrics.jsonl; choose another")
+        begun = bool(checkpoints) or self.finished
+        if not lines and begun:
+            raise ValueError(f"output_dir: {self.dir} holds checkpoints but no metrics.jsonl; choose another")
+        if len(lines) < 2 and not begun:  # what failed before its first step holds nobody to its options
+            self.metrics.keep_until(-1)
             self.metrics.write(header)
             return
+        earlier = lines[0]
         theirs, ours = earlier["config"], header["config"]
         for name in ours if earlier["stage"] == self.stage else ("stage",):
             there, here = (earlier["stage"], self.stage) if name == "stage" else (theirs.get(name), ours[name])
@@ -77,8 +81,9 @@ class Run:
                     f"output_dir: {self.dir} holds a run with {name} = {there!r}, but {here!r} was asked for; "
                     "choose another folder, or the same options to resume it"
                 )
-        self.metrics.keep_until(self.start)
-        self.timings.keep_until(self.start)
+        if not self.finished:
+            self.metrics.keep_until(self.start)
+            self.timings.keep_until(self.start)
 
     @property
     def finished(self) -> bool:
@@ -192,7 +197,15 @@ def _header(config: RunConfig, stage: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    return {"stage": stage, "config": dataclasses.asdict(config), "versions": versions}
+    options = {f.name: _recorded(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return {"stage": stage, "config": options, "versions": versions}
+
+
+def _recorded(value: Any) -> Any:
+    """Rows handed over in memory are known by their number and a checksum; everything else is recorded as it is."""
+    if isinstance(value, list):
+        return f"{len(value)} rows in memory, crc32 {zlib.crc32(json.dumps(value, default=str).encode()):08x}"
+    return value
 
 
 def _event_writer(folder: Path) -> Any:

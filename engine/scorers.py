@@ -41,14 +41,15 @@ class Scorer:
         weights: Sequence[float] = (),
         tokens_per_micro: int = 16384,
     ) -> None:
-        self.text, self.reward_model, self.functions = text, reward_model, functions
+        self.text, self.reward_model = text, reward_model
         self.tokens_per_micro = tokens_per_micro
-        self.names = (["reward_model"] if reward_model is not None else []) + [_name(f) for f in functions]
-        if not self.names:
+        names = _distinct([*(["reward_model"] if reward_model is not None else []), *map(_name, functions)])
+        self.functions = dict(zip(names[len(names) - len(functions) :], functions, strict=True))
+        if not names:
             raise ValueError("expected a reward_model or at least one reward function, got neither")
-        if weights and len(weights) != len(self.names):
-            raise ValueError(f"reward_weights: expected one per source ({', '.join(self.names)}), got {list(weights)}")
-        self.weights = list(weights) or [1.0] * len(self.names)
+        if weights and len(weights) != len(names):
+            raise ValueError(f"reward_weights: expected one per source ({', '.join(names)}), got {list(weights)}")
+        self.weights = list(weights) or [1.0] * len(names)
 
     def __call__(self, rollouts: Sequence[Rollout], asked: Sequence[Asked]) -> tuple[Tensor, dict[str, Tensor]]:
         """(S,) total scores, and the (S,) scores of every source by name. Raises ValueError as score_with() does."""
@@ -57,8 +58,8 @@ class Scorer:
             parts["reward_model"] = model_scores(self.reward_model, rollouts, self.tokens_per_micro)
         if self.functions:
             completions = [self.text.decode(r.response) for r in rollouts]
-            for function in self.functions:
-                parts[_name(function)] = score_with(function, rollouts, completions, asked)
+            for name, function in self.functions.items():
+                parts[name] = score_with(function, rollouts, completions, asked)
         total = torch.stack([w * part for w, part in zip(self.weights, parts.values(), strict=True)]).sum(0)
         return total, parts
 
@@ -82,15 +83,21 @@ def score_with(
     Raises ValueError when it returns the wrong number of scores or something that is no number, with the row. NaN and
     infinity pass: the stage skips such a batch and counts it.
     """
-    columns = {name: [a.columns.get(name) for a in asked] for name in sorted({n for a in asked for n in a.columns})}
+    names = sorted({name for a in asked for name in a.columns})
+    if taken := {"prompts", "completions", "finished", "completion_ids"}.intersection(names):
+        raise ValueError(f"prompts: the column {min(taken)!r} is an argument of reward functions itself; rename it")
+    columns: dict[str, Any] = {name: [a.columns.get(name) for a in asked] for name in names}
     columns["finished"] = [r.finished for r in rollouts]
     columns["completion_ids"] = [r.response for r in rollouts]
     prompts = [a.text for a in asked]
     scores = function(prompts=prompts, completions=completions, **columns)
     name = _name(function)
-    if not hasattr(scores, "__len__") or len(scores) != len(rollouts):
-        got = len(scores) if hasattr(scores, "__len__") else type(scores).__name__
-        raise ValueError(f"reward function {name}: expected {len(rollouts)} scores, got {got}")
+    try:
+        num_scores: int | str = len(scores)
+    except TypeError:  # a bare number, a generator, a tensor without dimensions
+        num_scores = type(scores).__name__
+    if num_scores != len(rollouts):
+        raise ValueError(f"reward function {name}: expected {len(rollouts)} scores, got {num_scores}")
     return torch.tensor([_number(name, i, score) for i, score in enumerate(scores)], dtype=torch.float32)
 
 
@@ -102,7 +109,10 @@ def load_function(spec: str) -> RewardFunction:
     module_spec = importlib.util.spec_from_file_location(f"reward_functions_{Path(path).stem}", path)
     assert module_spec is not None and module_spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        raise ValueError(f"reward_functions: {path} cannot be imported ({error})") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"reward_functions: expected a function {name!r} in {path}, found none")
@@ -130,6 +140,12 @@ def _number(name: str, row: int, score: Any) -> float:
 def nonfinite_rows(scores: Tensor) -> list[int]:
     """Rows whose score is NaN or infinite."""
     return [i for i, score in enumerate(scores.tolist()) if not math.isfinite(score)]
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """[f, g, f] -> [f, g, f_2]: every source has a name, and a metric, of its own."""
+    counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
+    return [name if count == 1 else f"{name}_{count}" for name, count in zip(names, counts, strict=True)]
 
 
 def _name(function: RewardFunction) -> str:

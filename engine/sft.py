@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel
-
 from twinhead.engine import data, weights
 from twinhead.engine.batch import Example, micro_batches, pack
 from twinhead.engine.config import RunConfig, Source, check
@@ -21,6 +19,7 @@ from twinhead.engine.optim import Optimizer
 from twinhead.engine.policy import Policy
 from twinhead.engine.run import Run
 from twinhead.engine.text import Text
+from twinhead.engine.trunk import check_fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +65,14 @@ def train(config: Config) -> Run:
 
 def pretrain(config: PretrainConfig) -> Run:
     """Train on every token of plain text; the final checkpoint stands in config.output_dir."""
-    scratch = None if weights.has_weights(config.model) else weights.initialise(config.model, config.seed)
-    return _fit(config, "pretrain", data.documents, scratch)
+    return _fit(config, "pretrain", data.documents, scratch=not weights.has_weights(config.model))
 
 
 def _fit(
     config: Config,
     stage: str,
     read: Callable[[Source, Text, int], Loaded[Example]],
-    scratch: PreTrainedModel | None = None,
+    scratch: bool = False,
 ) -> Run:
     run = Run(config, stage)
     if run.finished:
@@ -82,9 +80,10 @@ def _fit(
     text = Text.from_pretrained(config.model)
     train_set = read(config.data, text, config.max_length)
     eval_set = read(config.eval_data, text, config.max_length) if config.eval_data else None
-    start = run.resume_from or scratch or config.model
+    start = run.resume_from or (weights.initialise(config.model, config.seed) if scratch else config.model)
     run.say(train_set.summary())
     policy = Policy.from_pretrained(start, "none", config.torch_dtype, config.torch_device)
+    check_fit(policy.model, [*train_set, *(eval_set or [])])
     order = Order(len(train_set), config.batch_size, config.seed)
     total = config.steps or order.steps(config.epochs)
     optimizer = Optimizer(policy, config, total)

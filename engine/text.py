@@ -81,7 +81,10 @@ class Text:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the tokenizer and its chat template to `folder`, for AutoTokenizer and from_pretrained."""
-        self.tokenizer.save_pretrained(folder)
+        try:
+            self.tokenizer.save_pretrained(folder)
+        except Exception as error:  # `tokenizers` raises no narrower one for a full disk
+            raise OSError(f"the tokenizer cannot be written ({error})") from error
 
     @property
     def stop_ids(self) -> list[int]:
@@ -167,8 +170,7 @@ class Text:
         probe = "zyxwv"
         messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": probe}]
         tail = self._render(messages, reply_next=False).rpartition(probe)[2]
-        special = set(self.tokenizer.all_special_ids)
-        special |= {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         return next((self.tokenizer.convert_ids_to_tokens(i) for i in self._encode(tail) if i in special), None)
 
     def _render(self, messages: Sequence[Message], reply_next: bool) -> str:

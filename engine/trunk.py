@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from twinhead.engine import attention
 from twinhead.engine.attention import Ragged
-from twinhead.engine.batch import Example, Packed, pack
+from twinhead.engine.batch import Example, Packed, TokenSequence, pack
 from twinhead.engine.cache import SlotCache
 
 
@@ -38,12 +39,16 @@ class LogitTransform:
 def adopt(model: PreTrainedModel) -> None:
     """Let `model` call our attention function, and switch its dropout off.
 
-    Dropout stays off in training too: it would make the ratio of PPO random at the first step (spec 3.7).
+    Dropout stays off in training too: it would make the ratio of PPO random at the first step (spec 3.7). So does all
+    other noise: some architectures skip layers or blur their router in training.
     """
     model.set_attn_implementation(attention.NAME)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():  # OPT and others keep a rate and call the function themselves
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
     self_check(model)
 
 
@@ -79,6 +84,22 @@ def num_layers(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().num_hidden_layers)
 
 
+def check_fit(model: PreTrainedModel, sequences: Iterable[TokenSequence], new_tokens: int = 0) -> None:
+    """Raise ValueError, before any work, for a sequence (and `new_tokens` after it) that `model` cannot read."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for sequence in sequences:
+        ids = [*sequence.prompt, *sequence.response]
+        if limit is not None and len(ids) + new_tokens > limit:
+            after = f" and {new_tokens} new ones" if new_tokens else ""
+            raise ValueError(f"expected at most the model's {limit} tokens in a sequence, got {len(ids)}{after}")
+        if ids and max(ids) >= vocabulary:
+            raise ValueError(
+                f"expected token ids below {vocabulary}, the rows of the model's embedding, got {max(ids)}: "
+                "its tokenizer belongs to another model"
+            )
+
+
 @torch.no_grad()
 def self_check(model: PreTrainedModel) -> None:
     """Run 20 tokens through `model` three ways and refuse it, with the reason, where our passes would be wrong.
@@ -102,6 +123,8 @@ def self_check(model: PreTrainedModel) -> None:
                 f"got {calls.count}: this architecture bypasses transformers' attention interface"
             )
         _compare("packed sequences differ from separate ones", whole, torch.cat(expected))
+        _compare("training mode differs from evaluation mode", packed_pass(model.train(), packed), whole)
+        model.eval()
         last = torch.stack([e[-1] for e in expected])
         _check_logits(model, ids[1], expected[1])
         _compare("decoding from the cache differs from the full pass", _one_step(model, ids), last)

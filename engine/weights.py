@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
@@ -51,11 +52,16 @@ def load_classifier(path: str | Path, dtype: torch.dtype | None = None, *, new_h
 def _load(factory: Any, path: str | Path, dtype: torch.dtype | None, **options: object) -> tuple[PreTrainedModel, dict]:
     if not (Path(path) / "config.json").is_file() and (Path(path).exists() or str(path).startswith((".", "/"))):
         raise ValueError(f"expected a Hugging Face checkpoint folder with a config.json, got {str(path)!r}")
+    options |= {"dtype": dtype or torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        return factory.from_pretrained(path, dtype=dtype or torch.float32, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError) as error:
+        model, info = factory.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{str(path)!r} cannot be loaded as {factory.__name__}: {reason}") from error
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, theirs, ours = mismatched[0]
+        raise ValueError(f"{str(path)!r}: expected {name} of shape {tuple(ours)}, got {tuple(theirs)}")
+    return model, info
 
 
 def _refuse(path: str | Path, kind: str, missing: set[str], unexpected: set[str]) -> None:

@@ -15,19 +15,25 @@ from twinhead.kernels.ppo import ppo_loss
 from twinhead.kernels.sample import sample
 
 __all__ = [
-    "dpo_loss",
-    "entropy_from_logits",
-    "full_kl",
-    "gae",
-    "grpo_loss",
-    "kl_estimate",
-    "linear_cross_entropy",
-    "linear_kl",
-    "linear_logprob",
-    "linear_ppo_loss",
-    "ppo_loss",
-    "sample",
+    # from logits
     "selective_log_softmax",
     "selective_log_softmax_and_entropy",
+    "entropy_from_logits",
+    # from hidden states: the logits never exist as a whole
+    "linear_logprob",
+    "linear_cross_entropy",
+    "linear_ppo_loss",
+    "linear_kl",
+    # Kullback-Leibler
+    "kl_estimate",
+    "full_kl",
+    # advantages
+    "gae",
     "whiten",
+    # losses from log-probs
+    "ppo_loss",
+    "grpo_loss",
+    "dpo_loss",
+    # sampling
+    "sample",
 ]

@@ -28,6 +28,12 @@ def blocks(hidden: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
+def refuse_second_derivative(op: str) -> None:
+    """For a backward that autograd cannot differentiate; grad mode is only on in there under create_graph=True."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op} can be differentiated once: expected create_graph=False, got True")
+
+
 class Head:
     """From hidden states to logits, and from the gradient of the logits to the gradient of the matrix product."""
 

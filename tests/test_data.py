@@ -19,7 +19,7 @@ from twinhead.engine.rows import rows
 from twinhead.engine.text import Text
 
 FIXTURES = Path(__file__).parent / "fixtures"
-WORDS = "<s> </s> <unk> <user> <assistant> name a color two colors: red blue and : what is it ? yes no".split()
+WORDS = [*"<s> </s> <unk> <user> <assistant> name a color two red blue and : what is it ? yes no".split(), "\n"]
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' ' }}"
     "{% if m['role'] == 'assistant' %}{{ '</s> ' }}{% endif %}{% endfor %}"
@@ -31,7 +31,8 @@ TEMPLATE = (
 def text() -> Text:
     """One token per word, so that lengths can be counted by eye."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    spaces, lines = (pre_tokenizers.Split(*split) for split in ((" ", "removed"), ("\n", "isolated")))
+    words.pre_tokenizer = pre_tokenizers.Sequence([spaces, lines])
     return Text(
         PreTrainedTokenizerFast(
             tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=TEMPLATE
@@ -119,7 +120,7 @@ def test_broken_files(tmp_path: Path, name: str, content: bytes, sentence: str) 
 
 
 def test_missing_files(tmp_path: Path) -> None:
-    for name in (tmp_path / "a.jsonl", "a.jsonl", "./red/blue", "red/and/blue", tmp_path / "folder"):
+    for name in (tmp_path / "a.jsonl", "a.jsonl", "/nowhere", "./red/blue", "red/and/blue", tmp_path / "folder"):
         with pytest.raises(ValueError, match=f"^{name}: no such file or folder$"):
             rows(name)
 
@@ -161,10 +162,7 @@ MALFORMED = {
     demonstrations: [
         ({"prompt": None}, f"expected prompt {WORDS_OR_MESSAGES} null"),
         ({"completion": 7}, f"expected completion {WORDS_OR_MESSAGES} int"),
-        (
-            {"completion": [YES]},
-            "expected prompt and completion to be both text or both messages, got text and messages",
-        ),
+        ({"completion": [YES]}, f"expected prompt and completion {BOTH}, got text and messages"),
         ({"prompt": []}, "prompt: expected at least one message, got an empty list"),
         ({"prompt": [{"role": "user"}]}, "prompt: message 1: expected the keys role and content, got role"),
         ({"messages": "hello"}, "expected messages to be a list of messages, got str"),
@@ -177,10 +175,8 @@ MALFORMED = {
     ],
     comparisons: [
         ({"chosen": None}, f"expected chosen {WORDS_OR_MESSAGES} null"),
-        (
-            {"prompt": None, "chosen": [YES]},
-            "expected chosen and rejected to be both text or both messages, got one of each",
-        ),
+        ({"prompt": None, "chosen": [YES]}, f"expected chosen and rejected {BOTH}, got one of each"),
+        ({"prompt": None, "rejected": [NO]}, f"expected chosen and rejected {BOTH}, got one of each"),
         (
             {"prompt": None, "chosen": [WHICH, YES], "rejected": [said("user", "what ?"), NO]},
             "expected chosen and rejected to begin with the same message, or a prompt column, got neither",
@@ -198,6 +194,9 @@ MALFORMED = {
         ({"completions": ["red", "two"], "ranks": [1]}, r"expected one rank per completion \(2\), got 1"),
         ({"completions": ["red", "two"], "ranks": [1, 2.5]}, "expected ranks to be integers, got float"),
         ({"completions": ["red", "two"], "ranks": [True, False]}, "expected ranks to be integers, got bool"),
+        ({"finished": [True]}, r"expected finished to hold one boolean per completion \(2\), got \[True\]"),
+        ({"finished": [1, 0]}, r"expected finished to hold one boolean per completion \(2\), got \[1, 0\]"),
+        ({"finished": True}, r"expected finished to hold one boolean per completion \(2\), got True"),
     ],
 }
 
@@ -268,8 +267,9 @@ def test_demonstrations_that_teach_nothing_are_dropped_and_counted(text: Text) -
 
 def test_an_empty_turn_of_the_prompt_is_not_learned_and_stays(text: Text) -> None:
     history = [said("user", "it ?"), said("assistant", ""), said("user", "what ?")]
-    (example,) = demonstrations([{"prompt": history, "completion": "red"}], text, 64)
-    assert spelled(text, example) == ("<user> it ? <assistant> </s> <user> what ? <assistant>", "red </s>")
+    for completion in ("red", [said("assistant", "red")]):
+        (example,) = demonstrations([{"prompt": history, "completion": completion}], text, 64)
+        assert spelled(text, example) == ("<user> it ? <assistant> </s> <user> what ? <assistant>", "red </s>")
 
 
 def test_documents_make_every_token_a_target_once(text: Text) -> None:
@@ -312,7 +312,7 @@ def test_comparisons(text: Text) -> None:
         ("is it a color", "is it", "is"),  # each keeps at least a word
         ("red", "blue", ""),
         ("red", "red and blue", ""),
-        ("what is it  red", "what is it  blue", "what is it"),  # a prompt does not end in space
+        ("it is\n\nred", "it is\n\nblue", "it is"),  # a prompt does not end in white space
     ],
 )
 def test_the_prompt_is_what_both_answers_begin_with(chosen: str, rejected: str, prompt: str, text: Text) -> None:
@@ -328,6 +328,8 @@ def test_the_shared_messages_are_the_prompt(text: Text) -> None:
     (item,) = comparisons([row], text, 64)
     assert [example.prompt for example in item.examples] == [text.prompt(start)] * 2
     assert [spelled(text, example)[1] for example in item.examples] == ["red </s>", "blue </s>"]
+    (item,) = comparisons([{"chosen": start[:2], "rejected": row["rejected"]}], text, 64)
+    assert [example.prompt for example in item.examples] == [text.prompt(start[:1])] * 2  # each keeps at least a turn
 
 
 def test_comparisons_without_a_preference_are_dropped_and_counted(text: Text) -> None:
@@ -340,6 +342,7 @@ def test_comparisons_without_a_preference_are_dropped_and_counted(text: Text) ->
         {"prompt": "name a", "completions": ["red"], "ranks": [1]},
         good | {"rejected": "red"},
         {"chosen": "it is red", "rejected": "it is red"},
+        {"chosen": [WHICH, YES], "rejected": [WHICH, YES]},
         same_when_cut,
         good | {"chosen": ""},
         good | {"prompt": "name two : red and blue"},
@@ -350,9 +353,9 @@ def test_comparisons_without_a_preference_are_dropped_and_counted(text: Text) ->
     assert loaded.dropped == {
         "all answers tied": [2],
         "fewer than two answers": [3],
-        "all answers the same": [4, 5, 6],
-        "empty completion": [7],
-        "prompt alone fills 7 tokens": [8],
+        "all answers the same": [4, 5, 6, 7],
+        "empty completion": [8],
+        "prompt alone fills 7 tokens": [9],
     }
     assert len(comparisons([same_when_cut], text, 9)) == 1
 
@@ -362,6 +365,15 @@ def test_one_long_answer_is_cut(text: Text) -> None:
     loaded = comparisons(source, text, 6)
     assert [spelled(text, example)[1] for example in loaded[0].examples] == ["red and blue", "red </s>"]
     assert loaded.cut == [1]
+
+
+@pytest.mark.parametrize("prompt", ["it ?", [WHICH]], ids=["text", "messages"])
+def test_an_answer_that_was_cut_off_has_no_eos(prompt: str | list, text: Text) -> None:
+    row = {"prompt": prompt, "completions": ["yes", "no"], "ranks": [1, 2], "finished": [False, True]}
+    loaded = comparisons([row], text, 64)
+    assert [spelled(text, example)[1] for example in loaded[0].examples] == ["yes", "no </s>"]
+    assert [example.prompt for example in loaded[0].examples] == [text.prompt(prompt)] * 2
+    assert loaded.cut == []
 
 
 def test_prompts_keep_their_text_and_their_columns(text: Text) -> None:
@@ -414,7 +426,7 @@ def test_take_is_always_full_and_runs_across_epochs(num_items: int, batch_size: 
     epochs = [stream[i : i + num_items] for i in range(0, len(stream), num_items)]
     assert all(sorted(epoch) == list(range(num_items)) for epoch in epochs)
     assert Counter(stream) == dict.fromkeys(range(num_items), batch_size)
-    assert stream[:num_items] == [i for step in range(order.steps_per_epoch) for i in order.batch(step)]
+    assert stream == [i for step in range(order.steps(batch_size)) for i in order.batch(step)]
 
 
 def test_the_order_is_a_function_of_the_seed_and_the_step() -> None:

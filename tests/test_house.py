@@ -24,16 +24,16 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 LAYERS = """
     cli
     demo
-    pretrain sft reward dpo ppo grpo
+    sft reward dpo ppo grpo
     run evaluate report labeler
     checkpoint generate scorers
     policy data optim docstrings
     trunk
     weights cache lora
     attention
-    losses text
-    rows
-    config metrics batch pictures
+    losses text experience
+    rows curves
+    config metrics batch pictures page
 """
 DEPTH = {module: depth for depth, line in enumerate(LAYERS.split("\n")) for module in line.split()}
 

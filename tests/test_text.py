@@ -38,9 +38,7 @@ def tokenizer(bos: str | None = "<s>", eos: str | None = "</s>", chat_template: 
     if automatic:
         bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokens = {name: token for name, token in (("bos_token", bos), ("eos_token", eos)) if token}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, extra_special_tokens=SPECIAL[2:], chat_template=chat_template, **tokens
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=chat_template, **tokens)
 
 
 def spelled(text: Text, ids: list[int]) -> str:
@@ -210,6 +208,12 @@ def test_an_end_of_turn_that_is_not_eos_is_learned_and_stops() -> None:
     assert text.stop_ids == text.tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])
 
 
+def test_a_token_that_is_not_special_does_not_end_a_turn() -> None:
+    made = tokenizer(chat_template=CHATML.replace("'<|im_end|>", "'</answer><|im_end|>"))
+    made.add_tokens(["</answer>"])
+    assert learned(Text(made), CHAT)[1] == ["a color</answer><|im_end|>", "yes</answer><|im_end|>"]
+
+
 def test_a_template_that_ends_every_rendering_in_eos() -> None:
     text = Text(tokenizer(chat_template=CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"))
     assert learned(text, CHAT)[1] == ["a color<|im_end|>", "yes<|im_end|>"]
@@ -308,9 +312,10 @@ def test_a_missing_tokenizer(tmp_path: Path) -> None:
 
 
 def test_a_word_outside_the_vocabulary() -> None:
-    words = Tokenizer(models.WordLevel({"red": 0, "</s>": 1}))
+    words = Tokenizer(models.WordLevel({"red": 0, "</s>": 1, ".": 2}))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     text = Text(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>"))
-    assert text.completion("red red") == [0, 0, 1]
+    assert text.completion("red red .") == [0, 0, 2, 1]
+    assert text.decode([0, 0, 2, 1]) == "red red ."
     with pytest.raises(ValueError, match="the tokenizer cannot spell 'red green'"):
         text.prompt("red green")

@@ -29,10 +29,10 @@ def gae(
     else:
         offsets = cu_seqlens.long()
     _C.gae(
-        rewards.to(dtype).flatten().numpy(),
-        values.to(dtype).flatten().numpy(),
+        rewards.to(dtype).contiguous().view(-1).numpy(),
+        values.to(dtype).contiguous().view(-1).numpy(),
         offsets.numpy(),
-        None if mask is None else mask.bool().flatten().numpy(),
+        None if mask is None else mask.bool().contiguous().view(-1).numpy(),
         None if bootstrap is None else bootstrap.to(dtype).contiguous().numpy(),
         gamma,
         lam,

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from twinhead.kernels._head import Head, HeadGradient, blocks
+from twinhead.kernels._head import Head, HeadGradient, blocks, refuse_second_derivative
 from twinhead.kernels._precision import full_precision, wide
 
 
@@ -46,13 +45,14 @@ class _LinearKL(torch.autograd.Function):
                 z = p_head.logits(p_hidden[rows])
                 log_ratio = z.log_softmax(-1).sub_(q_head.logits(q_hidden[rows]).log_softmax(-1))
                 kl[rows] = torch.linalg.vecdot(z.softmax(-1), log_ratio)
-        ctx.save_for_backward(p_hidden, p_weight, q_hidden, q_weight, kl)
+        # a copy, because the divergence belongs to the caller, who may write to it
+        ctx.save_for_backward(p_hidden, p_weight, q_hidden, q_weight, kl.clone())
         ctx.temperature = temperature
         return kl
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("linear_kl")
         p_hidden, p_weight, q_hidden, q_weight, kl = ctx.saved_tensors
         needs_p, needs_q = ctx.needs_input_grad[:2], ctx.needs_input_grad[2:4]
         with full_precision(p_hidden.device):

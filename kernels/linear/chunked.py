@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from twinhead.kernels._head import LOG_ZERO, Head, HeadGradient, blocks
+from twinhead.kernels._head import LOG_ZERO, Head, HeadGradient, blocks, refuse_second_derivative
 from twinhead.kernels._precision import full_precision, wide
 from twinhead.kernels.linear.objective import Objective
 
@@ -57,19 +56,17 @@ class _LinearLogprob(torch.autograd.Function):
                 logprobs[rows] = _at_targets(logp, targets[rows])
                 if entropy is not None:
                     entropy[rows] = _entropy(z.softmax(-1), logp)
-        # copies, because the results belong to the caller, who may write to them
-        ctx.save_for_backward(
-            hidden, weight, bias, targets, logprobs.clone(), None if entropy is None else entropy.clone()
-        )
+        # a copy, because the entropy belongs to the caller, who may write to it
+        ctx.save_for_backward(hidden, weight, bias, targets, None if entropy is None else entropy.clone())
         ctx.set_materialize_grads(False)
         ctx.shape = shape
         return logprobs, entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, slope: Tensor | None, entropy_slope: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, logprobs, entropy = ctx.saved_tensors
-        slope = torch.zeros_like(logprobs) if slope is None else slope
+        refuse_second_derivative("linear_logprob")
+        hidden, weight, bias, targets, entropy = ctx.saved_tensors
+        slope = torch.zeros_like(entropy) if slope is None else slope
         with full_precision(hidden.device):
             head = Head(weight, bias, wide(hidden, weight), **ctx.shape)
             gradient = HeadGradient(head, hidden, ctx.needs_input_grad[:3])
@@ -78,7 +75,7 @@ class _LinearLogprob(torch.autograd.Function):
                 p, from_entropy = z.softmax(-1), None
                 if entropy_slope is not None:
                     from_entropy = _entropy_gradient(p, z.log_softmax(-1), entropy[rows], entropy_slope[rows])
-                dz = _logprob_gradient(p, targets[rows], logprobs[rows], slope[rows])
+                dz = _logprob_gradient(p, targets[rows], slope[rows])
                 gradient.add(rows, hidden[rows], dz if from_entropy is None else dz.add_(from_entropy), z)
         return *gradient.result(weight, bias), None, None, None
 
@@ -127,8 +124,8 @@ class _LinearPPOLoss(torch.autograd.Function):
         return objective.loss(logprobs, entropy)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, slope: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("linear_ppo_loss")
         return *(None if d is None else d * slope for d in ctx.saved_tensors), None, None, None, None
 
 
@@ -141,10 +138,9 @@ def _entropy(p: Tensor, logp: Tensor) -> Tensor:
     return -torch.linalg.vecdot(p, logp.clamp_(min=LOG_ZERO))
 
 
-def _logprob_gradient(p: Tensor, targets: Tensor, logprobs: Tensor, slope: Tensor) -> Tensor:
+def _logprob_gradient(p: Tensor, targets: Tensor, slope: Tensor) -> Tensor:
     """slope * (onehot(target) - p), (n, V), in the memory of p."""
-    at_target = -slope * torch.expm1(logprobs)  # 1 - p[target] without the cancellation where p is close to 1
-    return p.mul_(-slope[:, None]).scatter_(1, targets[:, None], at_target[:, None])
+    return p.mul_(-slope[:, None]).scatter_add_(1, targets[:, None], slope[:, None])
 
 
 def _entropy_gradient(p: Tensor, logp: Tensor, entropy: Tensor, slope: Tensor) -> Tensor:
@@ -159,5 +155,5 @@ def _objective_gradient(
     from_entropy = None
     if objective.entropy_coef != 0:
         from_entropy = _entropy_gradient(p, logp, entropy, objective.entropy_slope(entropy))
-    dz = _logprob_gradient(p, targets, logprobs, objective.slope(logprobs, rows))
+    dz = _logprob_gradient(p, targets, objective.slope(logprobs, rows))
     return dz if from_entropy is None else dz.add_(from_entropy)

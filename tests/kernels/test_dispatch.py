@@ -96,7 +96,9 @@ def test_the_environment_forces_a_backend(name: str, monkeypatch: pytest.MonkeyP
             call(name)
 
 
-@pytest.mark.parametrize("name", [n for n in kernels.__all__ if "backend" in inspect.signature(getattr(kernels, n)).parameters])
+@pytest.mark.parametrize(
+    "name", [n for n in kernels.__all__ if "backend" in inspect.signature(getattr(kernels, n)).parameters]
+)
 def test_the_argument_goes_before_the_environment(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=f"{name}: unknown backend 'gpu'"):
         call(name, backend="gpu")
@@ -137,7 +139,7 @@ def test_what_is_not_installed_is_not_picked_and_cannot_be_forced(machine: Simpl
 def test_a_backend_is_not_forced_on_the_wrong_device(machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="expected CPU tensors, got tensors on cuda"):
         EVERYTHING.pick("op", CUDA, "cpu")
-    with pytest.raises(ValueError, match="expected CUDA tensors .* got tensors on cpu"):
+    with pytest.raises(ValueError, match=r"expected CUDA tensors .* got tensors on cpu"):
         EVERYTHING.pick("op", CPU, "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert EVERYTHING.pick("op", CPU, "triton") == "op.gpu"

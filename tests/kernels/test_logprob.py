@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ def logits_and_index(rows: int, words: int, dtype: torch.dtype = torch.float64) 
 @pytest.mark.parametrize("rows", [0, 1, 7, 1000])
 def test_against_the_categorical_distribution(rows: int, words: int) -> None:
     logits, index = logits_and_index(min(rows, 10) if words > 10_000 else rows, words)
-    expected = Categorical(logits=logits / 0.7)
+    expected = Categorical(logits=logits / 0.7, validate_args=False)
     logprobs, entropy = selective_log_softmax_and_entropy(logits, index, temperature=0.7)
     assert_close(logprobs, expected.log_prob(index))
     assert_close(entropy, expected.entropy())
@@ -123,18 +125,19 @@ def test_half_precision_on_the_cpu_is_torchs_own(dtype: torch.dtype) -> None:
     )
 
 
-@pytest.mark.parametrize("mistake", ["index", "dtype", "row_mask", "temperature", "chunk_size"])
-def test_mistakes_end_in_one_sentence(mistake: str) -> None:
-    logits, index = logits_and_index(4, 5)
-    with pytest.raises(ValueError, match=rf"expected {mistake if mistake != 'dtype' else 'index of dtype int64'}"):
-        match mistake:
-            case "index":
-                selective_log_softmax(logits, index[:3])
-            case "dtype":
-                selective_log_softmax(logits, index.double())
-            case "row_mask":
-                selective_log_softmax_and_entropy(logits, index, row_mask=torch.ones(4, 5))
-            case "temperature":
-                selective_log_softmax(logits, index, 0.0)
-            case "chunk_size":
-                entropy_from_logits(logits, 0)
+LOGITS, INDEX = torch.zeros(4, 5), torch.zeros(4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "mistake"),
+    [
+        (r"index of shape \(4,\) or \(4,\) \+ \(K,\), got \(3,\)", lambda: selective_log_softmax(LOGITS, INDEX[:3])),
+        ("index of dtype int64, got torch.float64", lambda: selective_log_softmax(LOGITS, INDEX.double())),
+        (r"row_mask of shape \(4,\), got \(4, 5\)", lambda: selective_log_softmax(LOGITS, INDEX, 1.0, LOGITS)),
+        ("temperature > 0, got 0.0", lambda: selective_log_softmax_and_entropy(LOGITS, INDEX, True, 0.0)),
+        ("chunk_size >= 1, got 0", lambda: entropy_from_logits(LOGITS, 0)),
+    ],
+)
+def test_mistakes_end_in_one_sentence(sentence: str, mistake: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=f"expected {sentence}"):
+        mistake()

@@ -1,0 +1,48 @@
+"""Experience: what one step of reinforcement learning learns from, dealt into minibatches before the first update."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from twinhead.engine.batch import Packed, Rollout, micro_batches
+from twinhead.kernels import whiten
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """One micro-batch of rollouts, frozen before the first gradient step. Packed once, reused in every epoch."""
+
+    packed: Packed
+    logprobs: Tensor  # (R,) of the policy that sampled
+    values: Tensor  # (R,)
+    advantages: Tensor  # (R,)
+    returns: Tensor  # (R,)
+
+
+Batch = list[list[Experience]]  # minibatches of micro-batches
+
+
+def deal(rollouts: Sequence[Rollout], num_minibatches: int, tokens_per_micro: int, seed: int) -> list[list[list[int]]]:
+    """Indices of rollouts, shuffled into minibatches and cut into micro-batches.
+
+    The composition holds for the whole step and only the order of minibatches changes between epochs, so that old and
+    new log-probs come from the same products: at learning rate 0 their ratio is exactly 1.
+    """
+    indices = list(range(len(rollouts)))
+    random.Random(seed).shuffle(indices)
+    minibatches = [indices[i::num_minibatches] for i in range(num_minibatches)]
+    lengths = [len(r.prompt) + len(r.response) for r in rollouts]
+    return [list(micro_batches(m, [lengths[i] for i in m], tokens_per_micro)) for m in minibatches]
+
+
+def whitened(batch: Batch) -> Batch:
+    """The same batch with advantages of mean 0 and variance 1 over all of its tokens, before minibatching."""
+    every = [e for minibatch in batch for e in minibatch]
+    advantages = whiten(torch.cat([e.advantages for e in every]))
+    parts = iter(advantages.split([e.packed.num_targets for e in every]))
+    return [[replace(e, advantages=next(parts)) for e in minibatch] for minibatch in batch]

@@ -1,0 +1,200 @@
+"""Advantages against sums written out, on every backend and in every layout; whitening by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from twinhead.kernels import _C, gae, whiten
+
+BACKENDS = ("cpu", "torch")
+NAN = float("nan")
+
+
+def packed(lengths: list[int], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """rewards, values, cu_seqlens, bootstrap."""
+    torch.manual_seed(sum(lengths) + len(lengths))
+    total = sum(lengths)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    return *(torch.randn(size, dtype=dtype) for size in (total, total)), cu_seqlens, torch.randn(len(lengths)).to(dtype)
+
+
+def written_out(rewards: Tensor, values: Tensor, gamma: float, lam: float, bootstrap: float) -> Tensor:
+    """One sequence: advantage_t = sum over u >= t of (gamma lam)^(u - t) delta_u."""
+    following = torch.cat([values, torch.tensor([bootstrap], dtype=values.dtype)])[1:]
+    deltas = rewards + gamma * following - values
+    steps = torch.arange(len(rewards), dtype=torch.float64)
+    return ((gamma * lam) ** (steps - steps[:, None]).clamp(min=0) * deltas).triu().sum(1)
+
+
+LENGTHS = {
+    "nothing": [],
+    "empty": [0],
+    "one": [1],
+    "some": [6, 3, 1, 0, 4],
+    "many": [0, *range(60), 0],
+    "long": [3, 1000],
+}
+
+
+@pytest.mark.usefixtures("nan_empty")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_packed_is_each_sequence_alone_and_padded(lengths: list[int], backend: str) -> None:
+    rewards, values, cu_seqlens, bootstrap = packed(lengths)
+    settings: dict[str, Any] = {"gamma": 0.98, "lam": 0.9, "backend": backend}
+    advantages, returns = gae(rewards, values, cu_seqlens=cu_seqlens, bootstrap=bootstrap, **settings)
+    expected = [
+        written_out(r, v, 0.98, 0.9, float(b))
+        for r, v, b in zip(rewards.split(lengths), values.split(lengths), bootstrap, strict=True)
+    ]
+    assert_close(advantages, torch.cat([rewards[:0], *expected]))
+    assert_close(returns, advantages + values)
+
+    mask = torch.arange(max(lengths, default=0)) < torch.tensor(lengths, dtype=torch.int64)[:, None]
+    nan = torch.full(mask.shape, NAN, dtype=rewards.dtype)
+    padded = gae(
+        nan.masked_scatter(mask, rewards), nan.masked_scatter(mask, values), mask=mask, bootstrap=bootstrap, **settings
+    )
+    for found, flat in zip(padded, (advantages, returns), strict=True):
+        assert_close(found[mask], flat)
+        assert (found[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_holes_are_stepped_over(backend: str) -> None:
+    rewards, values, _, bootstrap = packed([40])
+    rewards, values, bootstrap = rewards.view(4, 10), values.view(4, 10), bootstrap.expand(4)
+    mask = torch.rand(4, 10) < 0.6
+    mask[3] = False
+    poisoned = [x.masked_fill(~mask, NAN) for x in (rewards, values)]
+    advantages, returns = gae(*poisoned, mask=mask.float(), gamma=0.9, bootstrap=bootstrap, backend=backend)
+    for row in range(4):
+        kept = mask[row]
+        expected = written_out(rewards[row][kept], values[row][kept], 0.9, 0.95, float(bootstrap[row]))
+        assert_close(advantages[row][kept], expected)
+        assert_close(returns[row][kept], expected + values[row][kept])
+    assert (advantages[~mask] == 0).all() and (returns[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_limits_of_lambda(backend: str) -> None:
+    rewards, values, _, _ = packed([12])
+    rewards, values = rewards.view(2, 6), values.view(2, 6)
+    advantages, returns = gae(rewards, values, gamma=0.9, lam=1.0, backend=backend)
+    monte_carlo = torch.stack([(0.9 ** torch.arange(6 - t).double() * rewards[:, t:]).sum(1) for t in range(6)], 1)
+    assert_close(returns, monte_carlo)
+    assert_close(advantages, monte_carlo - values)
+    one_step, _ = gae(rewards, values, gamma=0.9, lam=0.0, backend=backend)
+    assert_close(one_step, rewards + 0.9 * torch.cat([values[:, 1:], torch.zeros(2, 1)], 1) - values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_backends_agree(dtype: torch.dtype) -> None:
+    rewards, values, cu_seqlens, bootstrap = packed([300, 0, 1, 5000, 20000], dtype)
+    ours, plain = (
+        gae(rewards, values, cu_seqlens=cu_seqlens, bootstrap=bootstrap, gamma=0.99, backend=b) for b in BACKENDS
+    )
+    assert ours[0].dtype == (dtype if dtype == torch.float64 else torch.float32)
+    assert_close(ours, plain)
+    assert torch.equal(gae(rewards, values, cu_seqlens=cu_seqlens, bootstrap=bootstrap, gamma=0.99)[0], ours[0])
+    exact, _ = gae(rewards.double(), values.double(), cu_seqlens=cu_seqlens, bootstrap=bootstrap.double(), gamma=0.99)
+    assert_close(ours[0].double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_the_number_of_threads_does_not_matter() -> None:
+    rewards, values, cu_seqlens, _ = packed([7000] * 5, torch.float32)
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(gae(rewards, values, cu_seqlens=cu_seqlens, backend="cpu")[0])
+    torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs_that_learn_and_outputs_that_do_not(backend: str) -> None:
+    rewards, values, _, _ = packed([12])
+    strided = torch.empty(3, 8, dtype=torch.float64)[:, ::2].copy_(rewards.view(3, 4))
+    columns = values.view(3, 4).t().contiguous().t().requires_grad_()
+    found = gae(strided, columns, backend=backend)
+    assert_close(found, gae(rewards.view(3, 4), values.view(3, 4)))
+    assert not found[0].requires_grad and not found[1].requires_grad
+
+
+R, CU = torch.zeros(5), torch.tensor([0, 2, 5], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "mistake"),
+    [
+        (r"rewards \[B, T\], or \(R,\) with cu_seqlens, got shape \(5,\)", lambda: gae(R, R)),
+        ("values of the shape of rewards", lambda: gae(R, R[:4], cu_seqlens=CU)),
+        ("mask of the shape of rewards", lambda: gae(R[None], R[None], mask=R)),
+        (r"rewards \(R,\) and no mask with cu_seqlens, got .* a mask", lambda: gae(R, R, mask=R, cu_seqlens=CU)),
+        (r"rewards \(R,\) and no mask with cu_seqlens, got .* no mask", lambda: gae(R[None], R[None], cu_seqlens=CU)),
+        ("cu_seqlens to rise from 0 to 5", lambda: gae(R, R, cu_seqlens=CU[:2])),
+        ("cu_seqlens to rise from 0 to 5", lambda: gae(R, R, cu_seqlens=CU[1:])),
+        ("cu_seqlens to rise from 0 to 5", lambda: gae(R, R, cu_seqlens=torch.tensor([0, 4, 3, 5]))),
+        (r"cu_seqlens int32 of shape \(S \+ 1,\), got torch.float32", lambda: gae(R, R, cu_seqlens=CU.float())),
+        (r"bootstrap of shape \(2,\), got \(3,\)", lambda: gae(R, R, cu_seqlens=CU, bootstrap=R[:3])),
+        (r"bootstrap of shape \(1,\), got \(5,\)", lambda: gae(R[None], R[None], bootstrap=R)),
+        (r"gamma in \[0, 1\], got 1.1", lambda: gae(R, R, cu_seqlens=CU, gamma=1.1)),
+        (r"lam in \[0, 1\], got -0.1", lambda: gae(R, R, cu_seqlens=CU, lam=-0.1)),
+        ("at least 2 entries for an unbiased variance, got 1", lambda: whiten(R[:1], unbiased=True)),
+        ("at least 2 entries", lambda: whiten(R, torch.tensor([0, 0, 1, 0, 0]), unbiased=True)),
+        ("mask of the shape of x", lambda: whiten(R, R[:3])),
+    ],
+)
+def test_mistakes_end_in_one_sentence(sentence: str, mistake: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=f"expected {sentence}"):
+        mistake()
+
+
+def test_the_extension_checks_what_it_is_given() -> None:
+    def call(**changes: Any) -> None:
+        arrays: dict[str, Any] = {name: np.zeros(5) for name in ("rewards", "values", "advantages", "returns")}
+        arrays |= {"offsets": np.array([0, 2, 5]), "mask": None, "bootstrap": None}
+        _C.gae(**{**arrays, "gamma": 1.0, "lam": 1.0, "threads": 1, **changes})
+
+    call()
+    wrong = {"values": 4, "advantages": 4, "returns": 6, "mask": 3, "bootstrap": 3}
+    for name, size in wrong.items():
+        with pytest.raises(ValueError, match=f"expected {name} of length . got {size}|expected {name} of length"):
+            call(**{name: np.zeros(size, dtype=bool if name == "mask" else float)})
+    for offsets in ([0, 2], [1, 5], [0, 9, 5], []):
+        with pytest.raises(ValueError, match="offsets"):
+            call(offsets=np.array(offsets, dtype=np.int64))
+    with pytest.raises(ValueError, match="expected threads >= 1, got 0"):
+        call(threads=0)
+    with pytest.raises(TypeError):
+        call(returns=np.zeros(5, dtype=np.float32))
+
+
+def test_whitening_by_hand() -> None:
+    x = torch.tensor([[1.0, 3.0, NAN], [5.0, NAN, NAN]], dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    for unbiased, variance in ((False, 8 / 3), (True, 4.0)):
+        scale = (variance + 1e-8) ** -0.5
+        expected = torch.tensor([[-2.0, 0.0, 0.0], [2.0, 0.0, 0.0]], dtype=torch.float64) * scale
+        assert_close(whiten(x, mask, unbiased=unbiased), expected)
+        assert_close(whiten(x, mask, shift_mean=False, unbiased=unbiased), expected + 3 * mask)
+    assert_close(whiten(x[0, :2]), torch.tensor([-1.0, 1.0], dtype=torch.float64), rtol=1e-7, atol=0)
+
+
+def test_whitening_almost_nothing() -> None:
+    x = torch.tensor([7.0, NAN])
+    assert torch.equal(whiten(x, torch.tensor([True, False])), torch.zeros(2))
+    assert torch.equal(whiten(x, torch.tensor([True, False]), shift_mean=False), torch.tensor([7.0, 0.0]))
+    for unbiased in (False, True):
+        assert torch.equal(whiten(x, torch.zeros(2), unbiased=unbiased), torch.zeros(2))
+        assert whiten(torch.zeros(0), unbiased=unbiased).shape == (0,)
+    assert torch.equal(whiten(torch.full((5,), 3.0)), torch.zeros(5))
+    assert whiten(torch.zeros(5, dtype=torch.bfloat16)).dtype == torch.float32

@@ -1,0 +1,218 @@
+"""No option is dead: each one of every stage is turned once, and what it should change has changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import toys
+from twinhead.engine import trunk
+from twinhead.engine.config import RunConfig
+
+Box = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What a run leaves behind."""
+
+    metrics: list[dict[str, Any]]
+    weights: dict[str, list[float]]
+    files: list[str]
+    passes: list[int]  # tokens of every pass through the trunk
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An option at another value, and the traces that must differ for it; `given` holds on both sides."""
+
+    value: Any
+    seen_in: str
+    given: dict[str, Any] = field(default_factory=dict)
+
+
+RUN = {
+    "seed": Turn(1, "metrics"),
+    "dtype": Turn("bfloat16", "weights"),
+    "learning_rate": Turn(0.003, "weights"),
+    "schedule": Turn("linear", "weights"),
+    "warmup_ratio": Turn(0.7, "weights"),
+    "weight_decay": Turn(0.5, "weights"),
+    "adam_beta1": Turn(0.5, "weights"),
+    "adam_beta2": Turn(0.9, "weights"),
+    "adam_eps": Turn(0.01, "weights"),
+    "max_grad_norm": Turn(0.01, "weights", {"adam_eps": 0.01}),
+    "tokens_per_micro": Turn(20, "passes"),
+    "save_every": Turn(1, "files", {"keep_checkpoints": 9}),
+    "keep_checkpoints": Turn(2, "files", {"save_every": 1}),
+    "tensorboard": Turn(True, "files"),
+}
+FIT = {
+    "model": Turn("{other}", "metrics"),
+    "data": Turn("{heldout}", "metrics"),
+    "eval_data": Turn("", "metrics"),
+    "epochs": Turn(2, "metrics", {"steps": 0}),
+    "steps": Turn(2, "metrics"),
+    "batch_size": Turn(8, "metrics"),
+    "max_length": Turn(4, "metrics"),
+}
+TURNS: dict[str, dict[str, Turn]] = {
+    "pretrain": RUN | FIT | {"data": Turn("{texts}", "metrics")},
+    "sft": RUN | FIT,
+    "reward": RUN
+    | {
+        "model": Turn("{other}", "metrics"),
+        "data": Turn("{ranked}", "metrics"),
+        "eval_data": Turn("", "metrics"),
+        "demonstrations": Turn("{demonstrations}", "metrics"),
+        "epochs": Turn(2, "metrics"),
+        "batch_size": Turn(8, "metrics"),
+        "max_length": Turn(4, "metrics"),
+    },
+    "ppo": RUN
+    | {
+        "model": Turn("{other}", "metrics"),
+        "prompts": Turn("{heldout}", "metrics"),
+        "steps": Turn(2, "metrics"),
+        "reward_model": Turn("{reward_model}", "metrics"),
+        "reward_functions": Turn(("{rewards}:shortness",), "metrics"),
+        "reward_weights": Turn((2.0,), "metrics"),
+        "rollouts_per_step": Turn(6, "metrics"),
+        "epochs": Turn(1, "metrics"),
+        "minibatches": Turn(1, "metrics"),
+        "max_prompt_tokens": Turn(3, "metrics"),
+        "max_new_tokens": Turn(4, "metrics"),
+        "temperature": Turn(0.5, "metrics"),
+        "num_slots": Turn(2, "passes"),
+        "old_logprobs": Turn("recompute", "passes"),
+        "critic": Turn("detached", "weights"),
+        "value_init": Turn("reward_model", "metrics", {"reward_model": "{reward_model}"}),
+        "value_lr_scale": Turn(3.0, "weights"),
+        "kl_coef": Turn(0.5, "weights"),
+        "kl_target_nats": Turn(0.01, "metrics", {"kl_horizon": 20}),
+        "kl_horizon": Turn(20, "metrics", {"kl_target_nats": 0.01}),
+        "missing_eos_penalty": Turn(3.0, "metrics"),
+        "score_clip": Turn(0.01, "metrics"),
+        "gamma": Turn(0.5, "weights"),
+        "lam": Turn(0.5, "weights"),
+        "clip_low": Turn(0.0, "metrics"),
+        "clip_high": Turn(0.0, "metrics"),
+        "value_clip": Turn(0.0, "metrics"),
+        "value_coef": Turn(5.0, "weights"),
+        "entropy_coef": Turn(0.5, "weights"),
+        "kl_stop": Turn(0.0, "metrics"),
+        "ptx_data": Turn("{documents}", "metrics"),
+        "ptx_coef": Turn(3.0, "weights", {"ptx_data": "{documents}"}),
+        "ptx_batch_size": Turn(2, "metrics", {"ptx_data": "{documents}"}),
+        "ptx_max_length": Turn(4, "metrics", {"ptx_data": "{documents}"}),
+        "eval_every": Turn(1, "metrics"),
+    },
+}
+ELSEWHERE = {
+    "output_dir": "every run of every test has its own",
+    "device": "test_a_device_that_is_not_there_is_refused",
+}
+
+
+def filled(value: Any, box: Box) -> Any:
+    """The value with the box's paths in place of their names."""
+    if isinstance(value, tuple):
+        return tuple(filled(part, box) for part in value)
+    return value.format(**box) if isinstance(value, str) else value
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Box:
+    folder = tmp_path_factory.mktemp("box")
+    paths = toys.box(folder)
+    other = toys.language_model(folder / "other", seed=1)
+    return paths | {"other": other, "texts": toys.write(folder / "texts.jsonl", toys.documents(12, seed=9))}
+
+
+@pytest.fixture(scope="module")
+def traces(box: Box, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Traces]:
+    """Runs a stage with some options changed, each combination once."""
+    known: dict[str, Traces] = {}
+
+    def find(stage: str, changes: dict[str, Any]) -> Traces:
+        key = f"{stage} {changes}"
+        if key not in known:
+            known[key] = traced(stage, box, tmp_path_factory.mktemp("traced") / "run", changes)
+        return known[key]
+
+    return find
+
+
+def traced(stage: str, box: Box, folder: Path, changes: dict[str, Any]) -> Traces:
+    passes: list[int] = []
+    forward = trunk._forward
+
+    def counted(model: Any, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+        passes.append(tokens.numel())
+        return forward(model, tokens, *rest)
+
+    evaluate = {"evaluate": lambda policy: {"answer": 42.0}} if stage == "ppo" else {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trunk, "_forward", counted)
+        given = {name: filled(value, box) for name, value in changes.items()}
+        toys.train(stage, box, folder, **evaluate, **given)
+    weights = {name: tensor.flatten().tolist() for name, tensor in load_file(folder / "model.safetensors").items()}
+    head = folder / "value_head.safetensors"
+    weights |= {name: tensor.flatten().tolist() for name, tensor in load_file(head).items()} if head.exists() else {}
+    files = [re_named(name) for name in toys.files(folder)]
+    return Traces(toys.metrics(folder), weights, files, passes)
+
+
+def re_named(file: str) -> str:
+    """TensorBoard's files have the time in their names."""
+    return "tensorboard" if file.startswith("tensorboard") else file
+
+
+@pytest.mark.parametrize("stage", TURNS)
+def test_every_option_has_its_turn(stage: str) -> None:
+    fields = {f.name for f in dataclasses.fields(toys.TRAIN[stage][0])}
+    assert fields == TURNS[stage].keys() | ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize(("stage", "option"), [(stage, option) for stage, turns in TURNS.items() for option in turns])
+def test_the_option_is_alive(stage: str, option: str, traces: Callable[..., Traces]) -> None:
+    turn = TURNS[stage][option]
+    before, after = traces(stage, turn.given), traces(stage, turn.given | {option: turn.value})
+    assert getattr(before, turn.seen_in) != getattr(after, turn.seen_in)
+
+
+@pytest.mark.parametrize("stage", TURNS)
+def test_the_same_options_leave_the_same_traces(stage: str, box: Box, tmp_path: Path, traces: Callable[..., Traces]) -> None:
+    assert traced(stage, box, tmp_path / "again", {}) == traces(stage, {})
+
+
+@pytest.mark.parametrize("option", ["save_every", "keep_checkpoints", "tensorboard"])
+@pytest.mark.parametrize("stage", TURNS)
+def test_free_options_change_neither_metrics_nor_weights(
+    stage: str, option: str, traces: Callable[..., Traces]
+) -> None:
+    turn = TURNS[stage][option]
+    before, after = traces(stage, turn.given), traces(stage, turn.given | {option: turn.value})
+    assert (before.metrics, before.weights, before.passes) == (after.metrics, after.weights, after.passes)
+
+
+@pytest.mark.parametrize("stage", TURNS)
+def test_a_device_that_is_not_there_is_refused(
+    stage: str, box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="^device: expected cpu or auto on a machine without CUDA, got 'cuda'$"):
+        toys.train(stage, box, tmp_path / "run", device="cuda")
+
+
+def test_auto_takes_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, kind in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert RunConfig(output_dir="run").torch_device.type == kind

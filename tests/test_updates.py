@@ -1,0 +1,173 @@
+"""Updates: how a batch is cut into micro-batches changes no gradient, and the logits of a batch are never built."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.models import classifier, ids, model
+from twinhead.engine import ppo, reward, sft
+from twinhead.engine.batch import Example, pack
+from twinhead.engine.data import Comparison
+from twinhead.engine.evaluate import perplexity
+from twinhead.engine.generate import Sampling, generate
+from twinhead.engine.optim import Optimizer
+from twinhead.engine.policy import Policy, RewardModel
+
+PROMPTS = ids((3, 1, 7, 2, 5, 4, 6, 2))
+Gradients = dict[str, Tensor]
+
+
+class Recorder:
+    """An optimizer that keeps the gradients instead of following them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.taken, self.num_steps = module, [], 0
+
+    def step(self) -> dict[str, float]:
+        self.taken.append({name: p.grad for name, p in self.module.named_parameters() if p.grad is not None})
+        self.module.zero_grad(set_to_none=True)
+        self.num_steps += 1
+        return {}
+
+
+def policy(architecture: str = "llama", critic: str = "shared", **changes: Any) -> Policy:
+    made = Policy(model(architecture, **changes), critic)
+    if made.value_head is not None:
+        nn.init.normal_(made.value_head.weight, generator=torch.Generator().manual_seed(1))
+    return made
+
+
+def sft_gradients(tokens_per_micro: int) -> tuple[list[Gradients], dict[str, float]]:
+    """One update on responses of very different lengths, one of them with holes and one with nothing to learn."""
+    responses = ids((9, 1, 14, 3, 6, 2, 8, 4), seed=1)
+    batch = [Example(p, r) for p, r in zip(PROMPTS, responses, strict=True)]
+    batch[2] = Example(PROMPTS[2], responses[2], [i % 3 == 0 for i in range(len(responses[2]))])
+    batch[4] = Example(PROMPTS[4], responses[4], [False] * len(responses[4]))
+    trained = policy(critic="none")
+    recorder = Recorder(trained)
+    config = sft.Config(model="m", data="d", tokens_per_micro=tokens_per_micro)
+    stats = sft.update(trained, recorder, batch, config)
+    return recorder.taken, stats
+
+
+def ppo_gradients(tokens_per_micro: int) -> tuple[list[Gradients], dict[str, float]]:
+    """Two minibatches of one step, after the policy has moved a little since it sampled."""
+    sampler = policy()
+    rollouts = generate(
+        sampler, PROMPTS, Sampling(max_new_tokens=12, temperature=0.8, stop=tuple(range(4, 14)), seed=1)
+    )
+    assert len({len(r.response) for r in rollouts}) > 3
+    config = ppo.Config(
+        model="m", prompts="p", steps=1, temperature=0.8, rollouts_per_step=8, minibatches=2, epochs=1, clip_low=0.05,
+        value_clip=0.05, entropy_coef=0.1, tokens_per_micro=tokens_per_micro,
+    )  # fmt: skip
+    scores = torch.linspace(-1, 1, 8)
+    batch, examined = ppo.examine(sampler, Policy(model(seed=1), "none"), rollouts, scores, 0.1, config, 0)
+    trained = policy()
+    with torch.no_grad():
+        for i, parameter in enumerate(trained.parameters()):
+            parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    recorder = Recorder(trained)
+    updated = ppo.update(trained, recorder, batch, None, config, random.Random(0))
+    return recorder.taken, examined | updated
+
+
+def reward_gradients(tokens_per_micro: int) -> tuple[list[Gradients], dict[str, float]]:
+    """Prompts with 2 to 4 answers, one of them with ties."""
+    ranks = [[0, 1], [2, 0, 1], [0, 1, 1, 2], [1, 0]]
+    answers = iter(ids((3, 9, 2, 5, 7, 1, 4, 4, 12, 3, 8), seed=1))
+    batch = [
+        Comparison([Example(p, next(answers)) for _ in r], r, 0.1) for p, r in zip(PROMPTS[:4], ranks, strict=True)
+    ]
+    trained = RewardModel(classifier())
+    recorder = Recorder(trained)
+    stats = reward.update(
+        trained, recorder, batch, reward.Config(model="m", data="d", tokens_per_micro=tokens_per_micro)
+    )
+    return recorder.taken, stats
+
+
+Update = Callable[[int], tuple[list[Gradients], dict[str, float]]]
+
+
+@pytest.mark.parametrize("update", [sft_gradients, ppo_gradients, reward_gradients])
+@pytest.mark.parametrize("tokens_per_micro", [60, 30, 1])
+def test_the_micro_batch_size_changes_no_gradient(update: Update, tokens_per_micro: int) -> None:
+    (whole, measured), (cut, remeasured) = update(10_000), update(tokens_per_micro)
+    assert len(whole) == len(cut) == (2 if update is ppo_gradients else 1)
+    for theirs, ours in zip(whole, cut, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, gradient in theirs.items():
+            error = (ours[name] - gradient).norm() / gradient.norm()
+            assert error < 1e-5, f"{name}: {error}"
+    assert remeasured == pytest.approx(measured, rel=1e-4, abs=1e-5)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements that any tensor had which an operation returned, forward or backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel, self.seen = 0, set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.numel = max(self.numel, *sizes, 0)
+        self.seen.add(func.overloadpacket)
+        return result
+
+
+VOCABULARY, PROMPT, RESPONSE, ROWS = 1000, 2, 52, 30
+
+
+def long_examples() -> tuple[list[Example], int]:
+    """Together more than 1500 target tokens, and the number of their logits."""
+    batch = [Example(p, r) for p, r in zip(ids([PROMPT] * ROWS), ids([RESPONSE] * ROWS, seed=1), strict=True)]
+    num_targets = pack(batch).num_targets
+    assert num_targets >= 1500
+    return batch, num_targets * VOCABULARY
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_fine_tuning_never_builds_the_logits(architecture: str) -> None:
+    batch, num_logits = long_examples()
+    trained = policy(architecture, "none", vocab_size=VOCABULARY)
+    config = sft.Config(model="m", data="d")
+    optimizer = Optimizer(trained, config, 1)
+    with LargestTensor() as largest:
+        sft.update(trained, optimizer, batch, config)
+        perplexity(trained, batch)
+    assert {torch.ops.aten.embedding_dense_backward, torch.ops.aten._fused_adamw_} <= largest.seen
+    assert VOCABULARY * 32 < largest.numel < num_logits
+
+
+@pytest.mark.parametrize("critic", ["shared", "detached"])
+def test_ppo_never_builds_the_logits(critic: str) -> None:
+    _, num_logits = long_examples()
+    trained = policy(critic=critic, vocab_size=VOCABULARY)
+    reference = trained.frozen_copy()
+    rollouts = generate(trained, ids([PROMPT] * ROWS), Sampling(max_new_tokens=RESPONSE, stop=()))
+    config = ppo.Config(model="m", prompts="p", steps=1, minibatches=1, epochs=2, rollouts_per_step=ROWS)
+    optimizer = Optimizer(trained, config, 2)
+    with LargestTensor() as largest:
+        batch, _ = ppo.examine(trained, reference, rollouts, torch.linspace(-1, 1, ROWS), 0.1, config, 0)
+        ppo.update(trained, optimizer, batch, None, config, random.Random(0))
+    assert {torch.ops.aten.embedding_dense_backward, torch.ops.aten._fused_adamw_} <= largest.seen
+    assert VOCABULARY * 32 < largest.numel < num_logits
+
+
+def test_logits_that_are_built_are_seen() -> None:
+    batch, num_logits = long_examples()
+    trained, packed = policy(vocab_size=VOCABULARY), pack(batch)
+    with LargestTensor() as largest:
+        trained.logits(trained.hidden(packed)[packed.rows])
+    assert largest.numel == num_logits
