@@ -133,7 +133,7 @@ def main(seeds: Sequence[int], runs: Path, results: Path) -> None:
         run = task.ppo("ppo", "reward", steps=20, kl_coef=0.05, learning_rate=3e-4, eval_every=5)
         healthy[seed] = {"reward_accuracy": accuracy(task, "reward"), "curve": curve(run)}
         task.reward_model("weak", WEAK, task.empty("empty_weak", width=32, layers=1, heads=2))
-        free = task.ppo("ppo_weak_0", "weak", steps=50, kl_coef=0.0, learning_rate=5e-5, eval_every=2)
+        free = task.ppo("ppo_weak_0", "weak", steps=70, kl_coef=0.0, learning_rate=5e-5, eval_every=2)
         held = task.ppo("ppo_weak_05", "weak", steps=40, kl_coef=0.05, learning_rate=3e-4, eval_every=5)
         weak[seed] = {"reward_accuracy": accuracy(task, "weak"), "curve": curve(free), "kl_0.05": curve(held)}
     found = {
@@ -177,19 +177,19 @@ def fall(points: Sequence[dict[str, float]]) -> tuple[dict[str, float], float, f
 
 
 def table(healthy: dict[int, Any], weak: dict[int, Any]) -> Table:
-    """One row per run."""
-    columns = ("run", "seed", "RM accuracy", "iteration", "win rate", "gold", "proxy", "KL (nats)", "EOS")
-    rows = Table(*columns, title="Task A")
+    """One row per run, and two for the runs that over-optimise: where gold is highest, and where they end."""
+    columns = ("reward model", "seed", "step", "win", "gold", "proxy", "KL", "EOS")
+    rows = Table(*columns, title="Task A: win rate against SFT, scores, nats per answer")
     for seed, found in healthy.items():
-        _row(rows, "healthy, kl_coef 0.05", seed, found["reward_accuracy"], found["curve"][-1])
+        _row(rows, "healthy", seed, found["curve"][-1])
     for seed, found in weak.items():
-        best, falls, rises = fall(found["curve"])
-        _row(rows, "weak, kl_coef 0: best gold", seed, found["reward_accuracy"], best)
-        _row(rows, f"  last: gold -{falls:.2f}, proxy +{rises:.2f}", seed, found["reward_accuracy"], found["curve"][-1])
-        _row(rows, "weak, kl_coef 0.05", seed, found["reward_accuracy"], found["kl_0.05"][-1])
+        best, _, _ = fall(found["curve"])
+        _row(rows, "weak, kl 0: best gold", seed, best)
+        _row(rows, "weak, kl 0: end", seed, found["curve"][-1])
+        _row(rows, "weak, kl 0.05: end", seed, found["kl_0.05"][-1])
     return rows
 
 
-def _row(rows: Table, name: str, seed: int, accuracy: float, point: dict[str, float]) -> None:
+def _row(rows: Table, name: str, seed: int, point: dict[str, float]) -> None:
     numbers = (f"{point[key]:.2f}" for key in ("win_rate", "gold", "proxy", "kl", "eos_rate"))
-    rows.add_row(name, str(seed), f"{accuracy:.2f}", str(point["step"]), *numbers)
+    rows.add_row(name, str(seed), str(point["step"]), *numbers)

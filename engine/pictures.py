@@ -316,7 +316,18 @@ def _draw_note(axes: Axes, note: Note) -> None:
         [note.x], [note.y], "o", color=shade, markersize=8, markerfacecolor=COLOURS["paper"][0], markeredgewidth=1.8,
         clip_on=False, zorder=3,
     )  # fmt: skip
-    axes.annotate(note.text, (note.x, note.y), (0, -10), textcoords="offset points", color=shade, ha="center", va="top")
+    below = axes.get_xaxis_transform()  # x in data, y as a share of the panel: the foot of the panel is free of curves
+    stem = {"arrowstyle": "-", "color": shade, "linewidth": 0.8, "shrinkB": 6}
+    axes.annotate(
+        note.text,
+        (note.x, note.y),
+        (note.x, 0.03),
+        textcoords=below,
+        color=shade,
+        ha="center",
+        va="bottom",
+        arrowprops=stem,
+    )
 
 
 def _last(line: Line) -> Sequence[float]:

@@ -5,9 +5,9 @@
     "torch"   any device, plain PyTorch
 
 A backend that was named and does not exist, for this operation or on this machine, raises: nothing falls back silently.
-Without a name, CUDA tensors go to "triton", CPU tensors to "cpu", and everything else to "torch". An operation that has
-no such backend goes to "torch", and so does a CPU tensor where the extension was never built: an installation without a
-compiler does not have the backend "cpu". An extension that is there but broken raises the import's own error.
+Without a name, CUDA tensors go to "triton", CPU tensors to "cpu", everything else to "torch"; and so does an operation
+that has no such backend, or an installation that lacks it, because Triton is not there or the extension was never
+built. That is a choice, not a failure that is hidden: a backend that is there but broken raises its own error.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """The vocabulary matrix, met by one block of rows at a time, so that the logits never exist as a whole.
 
-z = cap(logit_scale * (hidden @ weight.T + bias)) / temperature,  cap(x) = softcap * tanh(x / softcap) or x
+With cap(x) = softcap * tanh(x / softcap), or x where no softcap is given, the logits are
+
+    z = cap(logit_scale * (hidden @ weight.T + bias)) / temperature
 """
 
 from __future__ import annotations

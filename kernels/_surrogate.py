@@ -54,17 +54,24 @@ def surrogate(
 
 
 @torch.no_grad()
-def statistics(policy: Surrogate, actions: Actions, **measured: Tensor) -> dict[str, Tensor]:
+def statistics(
+    policy: Surrogate, actions: Actions, divisor: Tensor | int, **measured: Tensor
+) -> dict[str, Tensor]:
     """The 0-dimensional statistics of one call, on its device and without a sync; what was not measured is 0.
 
-    approx_kl is the mean of old - new (k1 under old samples), approx_kl_k3 the mean of ratio - 1 - log ratio.
+    Sums over the actions by `divisor`: approx_kl of old - new (k1 under old samples), approx_kl_k3 of ratio - 1 - log
+    ratio, clipfrac, ratio_mean. With the count of a whole optimizer step they add up over its micro-batches.
     """
+
+    def share(tokens: Tensor) -> Tensor:
+        return actions.select(tokens).sum() / divisor
+
     log_ratio = policy.log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     stats = dict.fromkeys(STATISTICS, policy.loss.new_zeros(()))
-    stats["approx_kl"] = -actions.mean(policy.log_ratio)
-    stats["approx_kl_k3"] = actions.mean(policy.ratio - 1 - log_ratio)
-    stats["clipfrac"] = actions.mean(policy.clipped.to(policy.loss.dtype))
-    stats["ratio_mean"] = actions.mean(policy.ratio)
+    stats["approx_kl"] = -share(policy.log_ratio)
+    stats["approx_kl_k3"] = share(policy.ratio - 1 - log_ratio)
+    stats["clipfrac"] = share(policy.clipped.to(policy.loss.dtype))
+    stats["ratio_mean"] = share(policy.ratio)
     # the appended zero makes the maximum of no actions 0; every ratio lies above it
     stats["ratio_max"] = torch.nn.functional.pad(actions.select(policy.ratio).flatten(), (0, 1)).amax()
     return stats | {name: value.detach() for name, value in measured.items()}

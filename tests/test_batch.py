@@ -147,6 +147,7 @@ def test_micro_batches_fill_up_to_the_budget() -> None:
 def test_micro_batches_lose_nothing_and_stay_within_the_budget(lengths: list[int], budget: int) -> None:
     micros = list(micro_batches(range(len(lengths)), lengths, budget))
     assert [i for micro in micros for i in micro] == list(range(len(lengths)))
+    assert all(micros), "an empty micro-batch"
     used = [sum(lengths[i] for i in micro) for micro in micros]
     assert all(len(micro) == 1 or tokens <= budget for micro, tokens in zip(micros, used, strict=True))
     assert all(tokens + lengths[after[0]] > budget for tokens, after in zip(used[:-1], micros[1:], strict=True))

@@ -189,7 +189,9 @@ def test_the_option_is_alive(stage: str, option: str, traces: Callable[..., Trac
 
 
 @pytest.mark.parametrize("stage", TURNS)
-def test_the_same_options_leave_the_same_traces(stage: str, box: Box, tmp_path: Path, traces: Callable[..., Traces]) -> None:
+def test_the_same_options_leave_the_same_traces(
+    stage: str, box: Box, tmp_path: Path, traces: Callable[..., Traces]
+) -> None:
     assert traced(stage, box, tmp_path / "again", {}) == traces(stage, {})
 
 
@@ -208,7 +210,7 @@ def test_a_device_that_is_not_there_is_refused(
     stage: str, box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="^device: expected cpu or auto on a machine without CUDA, got 'cuda'$"):
+    with pytest.raises(ValueError, match=r"^device: expected cpu or auto on a machine without CUDA, got 'cuda'$"):
         toys.train(stage, box, tmp_path / "run", device="cuda")
 
 

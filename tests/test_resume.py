@@ -41,11 +41,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "entropy_coef": 0.01, "learning_rate": 5e-3,
     },
 }  # fmt: skip
-PATIENCE = '''
+PATIENCE = """
 
 def patience(prompts, completions, **columns):
     return [float("nan") if c.startswith("poor one") else 0.0 for c in completions]
-'''
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +149,9 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "in a checkpoint": lambda: before(checkpoint, "save_state", lambda folder, *_: "checkpoint-9" in folder.name),
     "before its state": lambda: before(Path, "write_text", lambda self, *_, **__: self.name == checkpoint.STATE),
     "before its renaming": lambda: before(Path, "rename", lambda self, _: self.name == ".checkpoint-9.tmp"),
-    "in the removal of an old one": lambda: before(shutil, "rmtree", lambda path, **_: path.name == ".checkpoint-3.old"),
+    "in the removal of an old one": lambda: before(
+        shutil, "rmtree", lambda path, **_: path.name == ".checkpoint-3.old"
+    ),
     "in the final checkpoint": lambda: before(os, "replace", lambda _, to: Path(to).name == "model.safetensors"),
     "before its config": lambda: before(os, "replace", lambda _, to: Path(to) == Path("run/config.json")),
     "after everything": lambda: before(Path, "rmdir", lambda self: self.name == ".export"),
@@ -210,7 +212,9 @@ def test_a_run_that_is_killed_again_and_again(box: dict[str, str], straight: Str
 def test_the_command_survives_a_kill_from_outside(box: dict[str, str], tmp_path: Path) -> None:
     args = command("sft", box, steps=100, save_every=5)
     words = [sys.executable, "-c", "from twinhead.engine.cli import main; main()", *args]
-    process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        words, cwd=tmp_path, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "run/checkpoint-10").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)

@@ -132,7 +132,7 @@ def test_the_mix_keeps_the_language(box: Box, pretrained: Path, tmp_path: Path) 
     assert len(column(run.dir, "policy/ptx_loss")) == 10
 
 
-# -- learning rate 0, and other things that must change nothing -----------------------------------------------------------
+# -- learning rate 0, and other things that must change nothing --------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,9 @@ def test_the_sampler_agrees_with_the_trainer(box: Box, lively: str, tmp_path: Pa
 
 @pytest.mark.parametrize("stage", toys.TRAIN)
 def test_learning_rate_0_changes_no_weight(stage: str, box: Box, tmp_path: Path) -> None:
-    run = toys.train(stage, box, tmp_path / "run", learning_rate=0.0, weight_decay=0.1, save_every=1, keep_checkpoints=9)
+    run = toys.train(
+        stage, box, tmp_path / "run", learning_rate=0.0, weight_decay=0.1, save_every=1, keep_checkpoints=9
+    )
     first, *others = [load_file(path) for path in run.dir.rglob("model.safetensors")]
     assert len(others) >= 3
     for weights in others:
@@ -252,7 +254,7 @@ def assert_same_weights(found: dict[str, torch.Tensor], expected: dict[str, torc
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-# -- what the options of PPO do ------------------------------------------------------------------------------------------
+# -- what the options of PPO do ----------------------------------------------------------------------------------------
 
 
 def short(box: Box, folder: Path, **changes: Any) -> list[dict[str, float]]:
@@ -335,16 +337,24 @@ ONCE = {"steps": 1, "epochs": 2, "minibatches": 1, "max_grad_norm": 0.0}
 @pytest.mark.parametrize(("critic", "reached"), [("detached", False), ("shared", True)])
 def test_a_detached_critic_does_not_reach_the_trunk(critic: str, reached: bool, box: Box, tmp_path: Path) -> None:
     some, more = (
-        toys.train("ppo", box, tmp_path / str(c), critic=critic, value_coef=c, **ONCE, kl_coef=0.0).dir for c in (0.5, 5.0)
+        toys.train("ppo", box, tmp_path / str(c), critic=critic, value_coef=c, **ONCE, kl_coef=0.0).dir
+        for c in (0.5, 5.0)
     )
-    trunks, heads = ([load_file(run / name) for run in (some, more)] for name in ("model.safetensors", "value_head.safetensors"))
+    trunks, heads = (
+        [load_file(run / name) for run in (some, more)] for name in ("model.safetensors", "value_head.safetensors")
+    )
     assert any(not torch.equal(trunks[0][name], trunks[1][name]) for name in trunks[0]) is reached
     assert not torch.equal(heads[0]["weight"], torch.zeros_like(heads[0]["weight"]))
 
 
 def test_the_critic_may_start_as_the_reward_model(box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[Any] = []
-    spy(monkeypatch, ppo, "load", lambda found: loaded.append((found[0].value_head.weight.clone(), found[2].reward_model)))
+    spy(
+        monkeypatch,
+        ppo,
+        "load",
+        lambda found: loaded.append((found[0].value_head.weight.clone(), found[2].reward_model)),
+    )
     options = {"reward_model": box["reward_model"], "reward_functions": ()}
     zero = short(box, tmp_path / "zero", **options)[0]
     head = short(box, tmp_path / "head", value_init="reward_model", **options)[0]
@@ -363,7 +373,7 @@ def test_a_value_head_beside_the_model_is_kept(box: Box, tmp_path: Path) -> None
         assert_same_weights(load_file(run.dir / "value_head.safetensors"), load_file(first / "value_head.safetensors"))
 
 
-# -- guards --------------------------------------------------------------------------------------------------------------
+# -- guards ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_with_a_score_that_is_no_number_is_skipped_and_counted(box: Box, tmp_path: Path) -> None:
@@ -392,7 +402,10 @@ def test_ten_such_batches_in_a_row_end_the_run(box: Box, tmp_path: Path) -> None
         return [math.nan if number >= 2 and i == 3 else 1.0 for i in range(len(completions))]
 
     options = {"reward_functions": (), "reward_funcs": [broken], "steps": 20, "save_every": 2}
-    with pytest.raises(ValueError, match=r"^step 12: 10 batches in a row were skipped, the last one for non-finite scores in rows \[3\]$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^step 12: 10 batches in a row were skipped, the last one for non-finite scores in rows \[3\]$",
+    ):
         toys.train("ppo", box, tmp_path / "run", **options)
     assert column(tmp_path / "run", "guard/nonfinite_batches") == list(range(1, 11))
     assert (tmp_path / "run/checkpoint-10/state.json").exists()
@@ -414,7 +427,7 @@ def test_a_gradient_that_is_no_number_updates_nothing(
     assert not all(torch.equal(third[name], second[name]) for name in second)
 
 
-# -- checkpoints ---------------------------------------------------------------------------------------------------------
+# -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", toys.TRAIN)

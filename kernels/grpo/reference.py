@@ -48,7 +48,7 @@ def grpo_loss(
         kl = estimate(logprobs, actions.select(ref_logprobs.detach().to(dtype)), "k3")
         loss = loss + beta * (weight * kl).sum() / divisor
         measured["ref_kl"] = actions.mean(kl)
-    return loss, statistics(policy, actions, **measured)
+    return loss, statistics(policy, actions, actions.count, **measured)
 
 
 def _lengths(tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

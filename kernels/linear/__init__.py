@@ -120,9 +120,9 @@ def linear_ppo_loss(
     the whole optimizer step; by default that of this call. The log-ratio is limited to [-20, 20] before exp.
 
     Returns (loss, stats): a 0-dimensional loss, differentiable once to hidden, weight and bias, and 0-dimensional
-    statistics on the same device. pg_loss is the surrogate's part of the loss; approx_kl (mean of old - new),
-    approx_kl_k3, ref_kl (mean of the estimator), entropy, clipfrac, ratio_mean and ratio_max are taken over the tokens
-    of this call; vf_loss and vf_clipfrac are 0, as there are no values.
+    statistics on the same device, sums over the tokens by `normalizer` (so they add up over micro-batches): pg_loss (the
+    surrogate), approx_kl (of old - new), approx_kl_k3, ref_kl (of the estimator), entropy, clipfrac, ratio_mean.
+    ratio_max is a maximum; vf_loss and vf_clipfrac are 0, as there are no values.
 
     The gradient is computed by the forward call and only scaled by backward(); under no_grad it is not computed.
     Raises ValueError for shapes that do not fit, targets outside [0, V), coefficients out of range, or a `kl_coef`

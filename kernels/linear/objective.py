@@ -43,13 +43,13 @@ class Objective:
         actions = Actions(logprobs, None)
         divisor = actions.divisor(self.normalizer)
         policy = self._surrogate(logprobs, slice(None))
-        measured = {"pg_loss": policy.loss.sum() / divisor, "entropy": actions.mean(entropy)}
-        loss = measured["pg_loss"] - self.entropy_coef * entropy.sum() / divisor
+        measured = {"pg_loss": policy.loss.sum() / divisor, "entropy": entropy.sum() / divisor}
+        loss = measured["pg_loss"] - self.entropy_coef * measured["entropy"]
         if self.ref_logprobs is not None:
             kl = _estimators.estimate(logprobs, self.ref_logprobs, self.kl_estimator)
-            loss = loss + self.kl_coef * kl.sum() / divisor
-            measured["ref_kl"] = actions.mean(kl)
-        return loss, statistics(policy, actions, **measured)
+            measured["ref_kl"] = kl.sum() / divisor
+            loss = loss + self.kl_coef * measured["ref_kl"]
+        return loss, statistics(policy, actions, divisor, **measured)
 
     def slope(self, logprobs: Tensor, rows: slice) -> Tensor:
         """d loss / d logprobs for the block `rows`, whose log-probs (n,) these are."""

@@ -48,10 +48,10 @@ def ppo_loss(
     `normalizer` is the number of actions in the whole optimizer step, over all micro-batches and ranks; by default that
     of this call. No actions give a loss of 0 with zero gradient.
 
-    pg_loss and vf_loss are the sums of policy and value over normalizer, so they add up over micro-batches. The other
-    statistics are taken over the actions of this call: entropy, approx_kl (mean of old - new), approx_kl_k3 (mean of
-    r - 1 - log r), clipfrac and vf_clipfrac (where the clipped side is strictly larger), ratio_mean, ratio_max. ref_kl
-    is 0: this loss knows no reference.
+    Statistics are sums over the actions by normalizer, so they are means by default and add up over micro-batches:
+    pg_loss, vf_loss, entropy, approx_kl (of old - new), approx_kl_k3 (of r - 1 - log r), clipfrac and vf_clipfrac
+    (where the clipped side is strictly larger), ratio_mean. ratio_max is a maximum; ref_kl is 0: this loss knows no
+    reference.
 
     Raises ValueError for different shapes, clip_low outside [0, 1], another negative clip, or dual_clip below 1.
     """

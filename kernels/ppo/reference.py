@@ -39,14 +39,14 @@ def ppo_loss(
     measured = {
         "pg_loss": policy.loss.sum() / divisor,
         "vf_loss": value_loss.sum() / divisor,
-        "vf_clipfrac": actions.mean(value_clipped.to(dtype)),
+        "vf_clipfrac": actions.select(value_clipped.to(dtype)).sum() / divisor,
     }
     loss = measured["pg_loss"] + value_coef * measured["vf_loss"]
     if entropy is not None:
         entropy = actions.select(entropy.to(dtype))
-        loss = loss - entropy_coef * entropy.sum() / divisor
-        measured["entropy"] = actions.mean(entropy)
-    return loss, statistics(policy, actions, **measured)
+        measured["entropy"] = entropy.sum() / divisor
+        loss = loss - entropy_coef * measured["entropy"]
+    return loss, statistics(policy, actions, divisor, **measured)
 
 
 def _value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:

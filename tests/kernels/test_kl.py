@@ -142,6 +142,14 @@ def test_half_precision_heads_are_multiplied_in_float32() -> None:
         assert_close(our.double(), true, rtol=1e-2, atol=1e-3)
 
 
+def test_results_belong_to_the_caller() -> None:
+    states = heads(4, 5)
+    kl = linear_kl(*states)
+    expected = torch.autograd.grad(2 * kl.sum(), states, retain_graph=True)
+    kl *= 2
+    assert_close(torch.autograd.grad(kl.sum(), states), expected)
+
+
 def test_a_second_derivative_is_refused() -> None:
     states = heads(4, 5)
     with pytest.raises(RuntimeError, match="linear_kl can be differentiated once: expected create_graph=False"):

@@ -72,8 +72,7 @@ def loop(
     count = max(len(rows), 1)
     divisor = count if normalizer is None else int(normalizer)
     loss = totals["pg_loss"] + value_coef * totals["vf_loss"] - entropy_coef * totals["entropy"]
-    per_count = set(KEYS) - {"pg_loss", "vf_loss", "ratio_max"}
-    stats = {name: total / (count if name in per_count else divisor) for name, total in totals.items()}
+    stats = {name: total / divisor for name, total in totals.items()}
     return loss / divisor, stats | {"ratio_max": totals["ratio_max"]}
 
 

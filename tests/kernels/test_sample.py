@@ -71,7 +71,7 @@ def test_frequencies(filters: dict[str, Any]) -> None:
 @pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
 def test_a_word_of_probability_zero_is_never_drawn(filters: dict[str, Any], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    extremes = torch.tensor([0.0, JUST_BELOW_ONE, 1.0, -0.0, 2.0**-149, 0.5, 1 - 1e-12, *torch.rand(500)])
+    extremes = torch.tensor([0.0, JUST_BELOW_ONE, 1.0, -1e-7, 2.0**-149, 0.5, 1 - 1e-12, *torch.rand(500)])
     for words in (2, 31, 5000):
         logits = torch.randn(len(extremes), words)
         banned = torch.rand(logits.shape) < 0.5
