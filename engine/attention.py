@@ -17,10 +17,6 @@ from transformers import AttentionInterface
 
 NAME = "twinhead"
 
-# Below this length one padded call beats a loop over sequences: its launch costs more than the wasted products
-# (benchmarks/NOTES.md, "short sequences").
-SHORT = 128
-
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
@@ -82,31 +78,16 @@ def attend(
 def _ragged(
     query: Tensor, key: Tensor, value: Tensor, layout: Ragged, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
+    """One call per sequence: on a CPU faster at any length than one padded call (benchmarks/NOTES.md)."""
     longest = max(layout.lengths)
     mask = None
     if softcap is not None or (window is not None and window < longest):
         mask = _band(longest, window, query.device)
-    if len(layout.lengths) > 1 and longest <= SHORT:
-        return _padded(query, key, value, layout, scale, mask, softcap)
     outputs = []
     for q, k, v in zip(*(x.split(layout.lengths, dim=2) for x in (query, key, value)), strict=True):
         n = q.shape[2]
         outputs.append(_causal(q, k, v, scale, None if mask is None else mask[:n, :n], softcap))
     return torch.cat(outputs, dim=2).transpose(1, 2)
-
-
-def _padded(
-    query: Tensor, key: Tensor, value: Tensor, layout: Ragged, scale: float, mask: Tensor | None, softcap: float | None
-) -> Tensor:
-    """Right padding needs no mask under causality: a real token never sees what follows it."""
-    sequence, position = layout.columns(query.device)
-
-    def pad(x: Tensor) -> Tensor:
-        padded = x.new_zeros(len(layout.lengths), max(layout.lengths), *x.shape[1::2])
-        return padded.index_put((sequence, position), x[0].transpose(0, 1)).transpose(1, 2)
-
-    out = _causal(pad(query), pad(key), pad(value), scale, mask, softcap)  # (S, H, longest, D)
-    return out.transpose(1, 2)[sequence, position][None]
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, softcap: float | None) -> Tensor:

@@ -12,7 +12,7 @@ over response tokens: there is no padding, hence no mask.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -230,7 +230,6 @@ def update(
                     value_coef=config.value_coef, entropy_coef=config.entropy_coef, normalizer=num_tokens,
                 )  # fmt: skip
                 loss.backward()
-                stats = shares(stats, e.packed.num_targets / num_tokens)
                 sums.add(stats)
                 moved += stats["approx_kl_k3"]
                 if num_updates == 0:
@@ -242,12 +241,6 @@ def update(
         if config.kl_stop is not None and moved.item() / len(batch) > config.kl_stop:
             break
     return sums.take(num_updates, prefix="policy/") | {"policy/num_updates": num_updates}
-
-
-def shares(stats: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
-    """What one micro-batch adds to its minibatch: means over its own tokens count by its share of all tokens."""
-    whole = ("pg_loss", "vf_loss", "ratio_max")  # two are divided by the minibatch's count already, one is a maximum
-    return {name: value if name in whole else share * value for name, value in stats.items()}
 
 
 def mix_in(policy: Policy, mix: Sequence[Example], number: int, config: Config) -> Tensor:

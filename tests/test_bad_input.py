@@ -541,9 +541,9 @@ def test_a_disk_that_fills_up_leaves_what_was_saved(
     ours, theirs = FORKS.Pipe(duplex=False)
     child = FORKS.Process(target=full_disk, args=(tmp_path, failing(box), moment, theirs))
     child.start()
-    theirs.close()
-    code, err = ours.recv()
     child.join(timeout=60)
+    assert child.exitcode == 0
+    code, err = ours.recv()
     _, sentence, steps = FULL[moment]
     found = the_sentence(err, "ppo")
     assert code == 1
