@@ -11,6 +11,7 @@ from torch import Tensor
 from twinhead.engine.batch import Example, Rollout, pack
 from twinhead.engine.config import check
 from twinhead.engine.policy import Policy
+from twinhead.engine.trunk import check_fit
 from twinhead.kernels import sample
 
 
@@ -53,7 +54,10 @@ def generate(
     vocabulary, or a prompt that leaves no room under the model's maximum length.
     """
     sampling = sampling or Sampling()
-    _check(policy, prompts, sampling)
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i}: expected at least one token, got none")
+    check_fit(policy.model, [Example(prompt, []) for prompt in prompts], sampling.max_new_tokens)
     if not prompts:
         return []
     with policy.generating():
@@ -191,18 +195,3 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -4658895280553007687
     x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * -7723592293110705685
     return x ^ (x >> 31 & 0x1FFFFFFFF)
-
-
-def _check(policy: Policy, prompts: list[list[int]], sampling: Sampling) -> None:
-    config = policy.model.config.get_text_config()
-    vocabulary, limit = policy.model.get_input_embeddings().weight.shape[0], config.max_position_embeddings
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {i}: expected at least one token, got none")
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise ValueError(f"prompt {i}: expected token ids in [0, {vocabulary}), got {min(prompt)}..{max(prompt)}")
-        if len(prompt) + sampling.max_new_tokens > limit:
-            raise ValueError(
-                f"prompt {i}: its {len(prompt)} tokens and max_new_tokens={sampling.max_new_tokens} exceed the model's "
-                f"maximum length of {limit}"
-            )

@@ -71,11 +71,17 @@ class Optimizer:
 
     def restore(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
         """Put back what state() gave. Raises ValueError when it belongs to other parameters."""
+        missing = [name for name in self.parameters if f"{name}.exp_avg" not in tensors]
+        if missing and counters["num_steps"] > counters["skipped"]:
+            raise ValueError(f"optimizer state: expected every parameter of this model, but {missing[0]!r} is missing")
         for key, tensor in tensors.items():
             name, slot = key.rsplit(".", 1)
             if name not in self.parameters:
                 raise ValueError(f"optimizer state: expected one of this model's parameters, got {name!r}")
             parameter = self.parameters[name]
+            if tensor.shape not in (parameter.shape, ()):
+                shapes = f"{tuple(parameter.shape)}, got {tuple(tensor.shape)}"
+                raise ValueError(f"optimizer state: expected {name} of shape {shapes}")
             self.adam.state[parameter][slot] = tensor.to(parameter.device)
         self.num_steps, self.skipped = counters["num_steps"], counters["skipped"]
 

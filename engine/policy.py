@@ -70,6 +70,9 @@ class Policy(nn.Module):
             policy = cls(weights.load_causal_lm(model, dtype), critic)
             head = weights.load_head(model)
             if policy.value_head is not None and head is not None:
+                if head["weight"].shape != policy.value_head.weight.shape:
+                    ours, theirs = policy.value_head.weight.shape[1], head["weight"].shape[1]
+                    raise ValueError(f"{str(model)!r}: expected a value head of the model's width {ours}, got {theirs}")
                 policy.value_head.load_state_dict(head)
         return policy if device is None else policy.to(device)
 

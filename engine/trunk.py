@@ -88,15 +88,15 @@ def check_fit(model: PreTrainedModel, sequences: Iterable[TokenSequence], new_to
     """Raise ValueError, before any work, for a sequence (and `new_tokens` after it) that `model` cannot read."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for sequence in sequences:
+    for i, sequence in enumerate(sequences):
         ids = [*sequence.prompt, *sequence.response]
         if limit is not None and len(ids) + new_tokens > limit:
             after = f" and {new_tokens} new ones" if new_tokens else ""
-            raise ValueError(f"expected at most the model's {limit} tokens in a sequence, got {len(ids)}{after}")
-        if ids and max(ids) >= vocabulary:
+            raise ValueError(f"sequence {i}: expected at most the model's {limit} tokens, got {len(ids)}{after}")
+        if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
             raise ValueError(
-                f"expected token ids below {vocabulary}, the rows of the model's embedding, got {max(ids)}: "
-                "its tokenizer belongs to another model"
+                f"sequence {i}: expected token ids in [0, {vocabulary}), the rows of the model's embedding, "
+                f"got {min(ids)}..{max(ids)}: its tokenizer belongs to another model"
             )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+torch.set_num_threads(1)  # on busy cores threads wait for each other: the suite is up to 8 times slower with two
 
 
 @pytest.fixture

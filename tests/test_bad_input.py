@@ -251,10 +251,10 @@ MODELS = [
      "model's embedding, got 16: its tokenizer belongs to another model"),
     ("ppo", {"model": "{other_words}", "prompts": "{huge_jsonl}"}, "expected token ids below 16, the rows"),
     ("sft", {"model": "{gpt2}", "data": "{too_long_jsonl}", "max_length": 64}, "expected at most the model's 16 "
-     "tokens in a sequence, got 23"),
+     "tokens, got 23"),
     ("sft", {"model": "{gpt2}", "eval_data": "{too_long_jsonl}", "max_length": 64}, "expected at most the model's 16"),
     ("pretrain", {"model": "{gpt2}", "data": "{long_text_jsonl}", "max_length": 64}, "expected at most the model's 16"),
-    ("ppo", {"model": "{gpt2}", "max_new_tokens": 14}, "expected at most the model's 16 tokens in a sequence, got"),
+    ("ppo", {"model": "{gpt2}", "max_new_tokens": 14}, "expected at most the model's 16 tokens, got"),
     ("ppo", {"model": "{gpt2}", "ptx_data": "{long_text_jsonl}"}, "expected at most the model's 16 tokens in a"),
 ]  # fmt: skip
 

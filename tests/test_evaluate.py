@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import exp, log
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.models import EOS, classifier, ids, model, tokenizer
-from twinhead.engine.batch import Example, Rollout, pack
+from twinhead.engine.batch import Example, Packed, Rollout, pack
 from twinhead.engine.data import Comparison, Prompt
 from twinhead.engine.evaluate import Contest, describe, distinct, objective, perplexity, reward_accuracy, win_rate
 from twinhead.engine.experience import Experience
@@ -57,13 +57,10 @@ def test_perplexity_needs_something_to_predict(policy: Policy) -> None:
 # -- reward accuracy ---------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Scores:
-    """A reward model that scores a sequence by its last token."""
+class LastToken(RewardModel):
+    """Scores a sequence by the number of its last token."""
 
-    device: str = "cpu"
-
-    def raw(self, packed: Any) -> Tensor:
+    def raw(self, packed: Packed) -> Tensor:
         return packed.tokens[packed.last].float()
 
 
@@ -79,7 +76,7 @@ def test_reward_accuracy_counts_ties_by_hand() -> None:
         compared([5, 5, 4], [0, 0, 1]),  # the labeler cannot tell the first two: 2 pairs, both right
         compared([3, 2, 2, 1], [0, 1, 2, 3], 0.5),  # 6 pairs: 5 right, 1 half
     ]
-    found = reward_accuracy(Scores(), comparisons)
+    found = reward_accuracy(LastToken(classifier()), comparisons)
     assert found.micro == pytest.approx((1 + 0 + 0.5 + 2 + 5.5) / (1 + 1 + 1 + 2 + 6))
     assert found.macro == pytest.approx((1 + 0 + 0.5 + 1 + 5.5 / 6) / 5)
 

@@ -22,7 +22,7 @@ def policy(architecture: str = "llama", critic: str = "shared", **changes: Any) 
     """A policy whose head is its own matrix, so that greedy text varies, and whose critic has opinions."""
     made = Policy(model(architecture, tie_word_embeddings=False, **changes), critic)
     if made.value_head is not None:
-        torch.nn.init.normal_(made.value_head.weight, generator=torch.Generator().manual_seed(1))
+        torch.nn.init.normal_(made.value_head.weight, std=0.1, generator=torch.Generator().manual_seed(1))
         torch.nn.init.constant_(made.value_head.bias, 0.3)
     return made
 
@@ -231,9 +231,9 @@ def test_generation_leaves_the_policy_as_it_was(llama: Policy) -> None:
     ("prompts", "message"),
     [
         ([[5], []], "prompt 1: expected at least one token, got none"),
-        ([[5, VOCABULARY]], rf"prompt 0: expected token ids in \[0, {VOCABULARY}\), got 5..{VOCABULARY}"),
-        ([[-1, 4]], rf"prompt 0: expected token ids in \[0, {VOCABULARY}\), got -1..4"),
-        ([[5], [5] * (MAX_LENGTH - NEW + 1)], f"prompt 1: its 85 tokens and max_new_tokens={NEW} exceed the model's"),
+        ([[5, VOCABULARY]], rf"sequence 0: expected token ids in \[0, {VOCABULARY}\).* got 5..{VOCABULARY}"),
+        ([[-1, 4]], rf"sequence 0: expected token ids in \[0, {VOCABULARY}\).* got -1..4"),
+        ([[5], [5] * (MAX_LENGTH - NEW + 1)], f"sequence 1: expected at most the model's {MAX_LENGTH} tokens, got 85 and {NEW} new ones"),
     ],
 )
 def test_prompts_that_cannot_be_answered_are_refused(llama: Policy, prompts: list[list[int]], message: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import dropout
 from transformers import PreTrainedModel
 
-from tests.models import ARCHITECTURES, REFUSED, WINDOW, ids, model
+from tests.models import ARCHITECTURES, MAX_LENGTH, REFUSED, VOCABULARY, WINDOW, ids, model
 from twinhead.engine import attention, trunk
 from twinhead.engine.attention import Ragged, Slots
 from twinhead.engine.batch import Example, pack
@@ -150,6 +150,19 @@ def test_noise_that_nobody_switched_off_is_noticed() -> None:
     noisy.register_forward_hook(lambda module, _, out: dropout(out, training=module.training))
     with pytest.raises(ValueError, match="training mode differs from evaluation mode by"):
         Policy(language_model)
+
+
+def test_what_the_model_cannot_read_is_refused_before_any_work() -> None:
+    language_model = model()
+    fitting = [Example([4] * 40, [VOCABULARY - 1] * (MAX_LENGTH - 40)), Example([0], [])]
+    trunk.check_fit(language_model, fitting)
+    trunk.check_fit(language_model, fitting[1:], MAX_LENGTH - 1)
+    with pytest.raises(ValueError, match=f"expected at most the model's {MAX_LENGTH} tokens, got 97"):
+        trunk.check_fit(language_model, [*fitting, Example([4] * 96, [5])])
+    with pytest.raises(ValueError, match=f"the model's {MAX_LENGTH} tokens, got 1 and 96 new ones"):
+        trunk.check_fit(language_model, fitting[1:], MAX_LENGTH)
+    with pytest.raises(ValueError, match=r"expected token ids in \[0, 61\), the rows of the model's embedding, got 4..61: "):
+        trunk.check_fit(language_model, [Example([4], [VOCABULARY])])
 
 
 def test_the_self_check_leaves_the_model_in_the_mode_it_was_in() -> None:
