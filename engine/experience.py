@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from twinhead.engine.batch import Packed, Rollout, micro_batches
+from twinhead.engine.policy import Policy
 from twinhead.kernels import whiten
 
 
@@ -46,3 +47,17 @@ def whitened(batch: Batch) -> Batch:
     advantages = whiten(torch.cat([e.advantages for e in every]))
     parts = iter(advantages.split([e.packed.num_targets for e in every]))
     return [[replace(e, advantages=next(parts)) for e in minibatch] for minibatch in batch]
+
+
+def behaviour(
+    policy: Policy, packed: Packed, rollouts: Sequence[Rollout], temperature: float, source: str
+) -> tuple[Tensor, Tensor]:
+    """(R,) log-probs and (R,) values of the policy that sampled.
+
+    source: "rollout" keeps what the decode step saw, "recompute" asks the trainer's own pass once more.
+    """
+    if source == "recompute":
+        scored = policy(packed, temperature=temperature, entropy=False)
+        assert scored.values is not None, "experience is gathered with a critic"
+        return scored.logprobs, scored.values
+    return torch.cat([r.logprobs for r in rollouts]), torch.cat([r.values for r in rollouts if r.values is not None])

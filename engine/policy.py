@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 from twinhead.engine import trunk, weights
 from twinhead.engine.batch import Packed
 from twinhead.engine.cache import SlotCache
+from twinhead.engine.options import CRITICS
 from twinhead.kernels import linear_logprob
-
-CRITICS = ("shared", "detached", "none")
 
 
 @dataclass(frozen=True, slots=True)

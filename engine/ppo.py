@@ -13,91 +13,28 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from twinhead.engine import data, losses, scorers, weights
-from twinhead.engine.batch import Example, Packed, Rollout, pack
-from twinhead.engine.config import RunConfig, Source, check
+from twinhead.engine import data, losses, options, scorers
+from twinhead.engine.batch import Example, Rollout, pack
 from twinhead.engine.data import Order
 from twinhead.engine.evaluate import describe, objective
-from twinhead.engine.experience import Batch, Experience, deal, whitened
+from twinhead.engine.experience import Batch, Experience, behaviour, deal, whitened
 from twinhead.engine.generate import Sampling, generate
 from twinhead.engine.metrics import Sums
 from twinhead.engine.optim import Optimizer
-from twinhead.engine.policy import CRITICS, Policy, RewardModel
+from twinhead.engine.policy import Policy
 from twinhead.engine.run import Run
 from twinhead.engine.scorers import RewardFunction, Scorer
 from twinhead.engine.text import Text
 from twinhead.engine.trunk import check_fit
 from twinhead.kernels import gae, ppo_loss
 
+Config = options.PPO
 Evaluation = Callable[[Policy], dict[str, float]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
-    """PPO on prompts, against a reward model or, in Python, reward functions."""
-
-    model: str  # checkpoint folder of the SFT model: the policy to start from, and the frozen reference
-    prompts: Source  # rows with a prompt; other columns go to the reward functions
-    steps: int  # iterations of generate, score, examine, update
-    reward_model: str = ""  # checkpoint folder of a reward model
-    reward_functions: tuple[str, ...] = ()  # file.py:function, each f(prompts, completions, **columns) -> list[float]
-    reward_weights: tuple[float, ...] = ()  # of the reward model (if any) and then each function; empty: all 1
-    output_dir: str = "runs/ppo"
-    learning_rate: float = 1e-6
-    adam_eps: float = 1e-5
-    rollouts_per_step: int = 256
-    epochs: int = 4  # passes over one step's rollouts
-    minibatches: int = 4  # optimizer steps of one pass
-    max_prompt_tokens: int = 512
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    num_slots: int = 256  # sequences that decode side by side
-    old_logprobs: str = "rollout"  # rollout: as the sampler saw them; recompute: by one more forward of the trainer
-    critic: str = "shared"  # shared; detached: the value loss does not reach the trunk
-    value_init: str = "zero"  # zero; reward_model: the reward head, where no value head lies beside the model
-    value_lr_scale: float = 30.0  # learning rate of the value head, which starts from nothing, over learning_rate
-    kl_coef: float = 0.05  # reward per nat of log pi - log pi_ref, at every token
-    kl_target_nats: float | None = None  # per sequence; adapts kl_coef towards it (None: kl_coef is fixed)
-    kl_horizon: int = 10_000  # sequences over which kl_coef adapts
-    missing_eos_penalty: float = 1.0  # subtracted from the score of a response that never stops
-    score_clip: float | None = None
-    gamma: float = 1.0
-    lam: float = 0.95
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    value_clip: float = 0.2
-    value_coef: float = 0.5
-    entropy_coef: float = 0.0
-    kl_stop: float | None = None  # ends a step's epochs once KL(old || new), nats per token, is above
-    ptx_data: Source = ""  # plain text: PPO-ptx, its language-model loss joins every optimizer step
-    ptx_coef: float = 1.0  # weight of that loss, a mean over tokens
-    ptx_batch_size: int = 32  # blocks of text in one optimizer step
-    ptx_max_length: int = 512
-    eval_every: int = 0  # steps between calls of the evaluation function; 0: never
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(
-            self,
-            steps=(self.steps >= 1, "at least 1"),
-            minibatches=(1 <= self.minibatches <= self.rollouts_per_step, "1 to rollouts_per_step"),
-            epochs=(self.epochs >= 1, "at least 1"),
-            temperature=(self.temperature > 0, "above 0 (a greedy policy explores nothing)"),
-            old_logprobs=(self.old_logprobs in ("rollout", "recompute"), "rollout or recompute"),
-            critic=(self.critic in CRITICS[:2], "shared or detached"),
-            value_init=(self.value_init in ("zero", "reward_model"), "zero or reward_model"),
-            kl_coef=(self.kl_coef >= 0, "at least 0"),
-            kl_target_nats=(not self.kl_target_nats or self.kl_coef > 0, "none with a kl_coef of 0, which never grows"),
-            score_clip=(self.score_clip is None or self.score_clip > 0, "above 0"),
-            lam=(0 <= self.lam <= 1, "0 to 1"),
-            gamma=(0 <= self.gamma <= 1, "0 to 1"),
-            ptx_batch_size=(self.ptx_batch_size >= 1, "at least 1"),
-        )
 
 
 def train(config: Config, reward_funcs: Sequence[RewardFunction] = (), evaluate: Evaluation | None = None) -> Run:
@@ -111,20 +48,23 @@ def train(config: Config, reward_funcs: Sequence[RewardFunction] = (), evaluate:
     run.say(prompts.summary())
     functions = [*map(scorers.load_function, config.reward_functions), *reward_funcs]
     policy, reference, scorer = load(config, run, text, functions)
-    for model in (policy, scorer.reward_model):
-        if model is not None:
-            check_fit(model.model, [Example(p.tokens, []) for p in prompts], config.max_new_tokens)
     check_fit(policy.model, mix or [])
+    for model in filter(None, (policy, scorer.reward_model)):
+        check_fit(model.model, [Example(p.tokens, []) for p in prompts], config.max_new_tokens)
     scales = {"value_head.": config.value_lr_scale}
     optimizer = Optimizer(policy, config, config.steps * config.epochs * config.minibatches, scales)
     kl = losses.AdaptiveKL(config.kl_coef, config.kl_target_nats, config.kl_horizon)
     run.track(policy, text, optimizer=optimizer, kl=kl)
+    sampling = Sampling(  # the policy's own distribution: no filter that its log-probs would miss
+        max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+        num_slots=config.num_slots, stop=tuple(text.stop_ids),
+    )  # fmt: skip
     order = Order(len(prompts), config.rollouts_per_step, config.seed)
 
     for step in run.steps(config.steps):
         asked = [prompts[i] for i in order.take(step - 1)]
         with run.timed("generate"):
-            rollouts = generate(policy, [p.tokens for p in asked], sampling(config, text, run.seed("rollout", step)))
+            rollouts = generate(policy, [p.tokens for p in asked], replace(sampling, seed=run.seed("rollout", step)))
         with run.timed("score"):
             scores, sources = scorer(rollouts, asked)
         stats = {"objective/kl_coef": kl.coef, **describe(rollouts, sources)}
@@ -148,24 +88,10 @@ def load(config: Config, run: Run, text: Text, functions: Sequence[RewardFunctio
     dtype, device = config.torch_dtype, config.torch_device
     policy = Policy.from_pretrained(run.resume_from or config.model, config.critic, dtype, device)
     reference = Policy.from_pretrained(config.model, "none", dtype, device).requires_grad_(False).eval()
-    reward_model = None
-    if config.reward_model:
-        reward_model = RewardModel.from_pretrained(config.reward_model, dtype, device).requires_grad_(False).eval()
-        scorers.check_tokenizer(config.reward_model, text)
-    if config.value_init == "reward_model" and weights.load_head(run.resume_from or config.model) is None:
-        policy.value_from(reward_model)
-    return policy, reference, Scorer(text, reward_model, functions, config.reward_weights, config.tokens_per_micro)
-
-
-def sampling(config: Config, text: Text, seed: int) -> Sampling:
-    """Rollouts follow the policy's own distribution: temperature, and no filter that old log-probs would miss."""
-    return Sampling(
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        seed=seed,
-        stop=tuple(text.stop_ids),
-        num_slots=config.num_slots,
-    )
+    judge = scorers.load_reward_model(config.reward_model, text, dtype, device) if config.reward_model else None
+    if config.value_init == "reward_model" and run.resume_from is None:
+        policy.value_from(judge)
+    return policy, reference, Scorer(text, judge, functions, config.reward_weights, config.tokens_per_micro)
 
 
 @torch.no_grad()
@@ -188,8 +114,9 @@ def examine(
     for minibatch in deal(rollouts, config.minibatches, config.tokens_per_micro, seed):
         batch.append([])
         for micro in minibatch:
-            packed = pack([rollouts[i] for i in micro], policy.device)
-            logprobs, values = behaviour(policy, packed, [rollouts[i] for i in micro], config)
+            sampled = [rollouts[i] for i in micro]
+            packed = pack(sampled, policy.device)
+            logprobs, values = behaviour(policy, packed, sampled, config.temperature, config.old_logprobs)
             ref_logprobs = reference(packed, temperature=config.temperature, entropy=False).logprobs
             score = scores[micro].to(packed.tokens.device)
             rewards = losses.token_rewards(logprobs, ref_logprobs, score, packed.cu_rows, kl_coef)
@@ -197,15 +124,6 @@ def examine(
             batch[-1].append(Experience(packed, logprobs, values, advantages, returns))
             kls.append(losses.sequence_kl(logprobs, ref_logprobs, packed.cu_rows))
     return whitened(batch), objective(batch, torch.cat(kls), scores, kl_coef)
-
-
-def behaviour(policy: Policy, packed: Packed, rollouts: list[Rollout], config: Config) -> tuple[Tensor, Tensor]:
-    """(R,) log-probs and (R,) values of the policy that sampled: kept from the decode step, or computed once more."""
-    if config.old_logprobs == "recompute":
-        scored = policy(packed, temperature=config.temperature, entropy=False)
-        assert scored.values is not None, "PPO runs with a critic"
-        return scored.logprobs, scored.values
-    return torch.cat([r.logprobs for r in rollouts]), torch.cat([r.values for r in rollouts if r.values is not None])
 
 
 def update(

@@ -7,11 +7,10 @@ shuffled apart would repeat every response K-1 times an epoch, and overfit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
-from twinhead.engine import data, losses
+from twinhead.engine import data, losses, options
 from twinhead.engine.batch import Example, micro_batches
-from twinhead.engine.config import RunConfig, Source, check
 from twinhead.engine.data import Comparison, Order
 from twinhead.engine.evaluate import reward_accuracy, score_groups
 from twinhead.engine.metrics import Sums
@@ -22,33 +21,7 @@ from twinhead.engine.scorers import model_scores
 from twinhead.engine.text import Text
 from twinhead.engine.trunk import check_fit
 
-
-@dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
-    """Reward modelling on comparisons: columns prompt, completions and ranks, or prompt, chosen and rejected."""
-
-    model: str
-    """Checkpoint folder of the SFT model whose trunk the reward model starts from."""
-    data: Source
-    eval_data: Source = ""
-    """Held-out comparisons: accuracy is measured on them at the end of every epoch."""
-    demonstrations: Source = ""
-    """Rows of prompt and completion whose mean score becomes 0; without them, the best answers of `data`."""
-    output_dir: str = "runs/reward"
-    epochs: int = 1
-    """More than one overfits (Ouyang et al. 2022, section 3.5)."""
-    batch_size: int = 16
-    """Prompts of one optimizer step, each with all of its responses."""
-    max_length: int = 1024
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(
-            self,
-            epochs=(self.epochs >= 1, "at least 1"),
-            batch_size=(self.batch_size >= 1, "at least 1"),
-            max_length=(self.max_length >= 2, "at least 2"),
-        )
+Config = options.Reward
 
 
 def train(config: Config) -> Run:

@@ -119,6 +119,14 @@ def load_function(spec: str) -> RewardFunction:
     return function
 
 
+def load_reward_model(
+    path: str, text: Text, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> RewardModel:
+    """A frozen reward model that reads the policy's token ids. Raises ValueError when its tokenizer is another one."""
+    check_tokenizer(path, text)
+    return RewardModel.from_pretrained(path, dtype, device).requires_grad_(False).eval()
+
+
 def check_tokenizer(reward_model: str, text: Text) -> None:
     """The reward model reads the policy's token ids: raise ValueError when its own tokenizer spells differently."""
     theirs = Text.from_pretrained(reward_model).tokenizer.get_vocab()

@@ -7,11 +7,10 @@ pretrain   plain text, every token is a target
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from twinhead.engine import data, weights
+from twinhead.engine import data, options, weights
 from twinhead.engine.batch import Example, micro_batches, pack
-from twinhead.engine.config import RunConfig, Source, check
+from twinhead.engine.config import Source
 from twinhead.engine.data import Loaded, Order
 from twinhead.engine.evaluate import perplexity
 from twinhead.engine.metrics import Sums
@@ -21,41 +20,8 @@ from twinhead.engine.run import Run
 from twinhead.engine.text import Text
 from twinhead.engine.trunk import check_fit
 
-
-@dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
-    """Supervised fine-tuning on demonstrations: columns prompt and completion, or messages."""
-
-    model: str
-    """Checkpoint folder to start from."""
-    data: Source
-    eval_data: Source = ""
-    """Held-out rows: their loss and perplexity are measured at the end of every epoch."""
-    output_dir: str = "runs/sft"
-    epochs: int = 1
-    steps: int = 0
-    """Optimizer steps; 0: as many as the epochs have."""
-    batch_size: int = 32
-    """Sequences of one optimizer step."""
-    max_length: int = 1024
-    """Tokens of a row; a longer response is cut on the right."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(
-            self,
-            epochs=(self.epochs >= 1, "at least 1"),
-            steps=(self.steps >= 0, "at least 0 (0: as many as the epochs have)"),
-            batch_size=(self.batch_size >= 1, "at least 1"),
-            max_length=(self.max_length >= 2, "at least 2"),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig(Config):
-    """Language modelling on plain text (column text). A `model` folder without weights starts from random ones."""
-
-    output_dir: str = "runs/pretrain"
+Config = options.SFT
+PretrainConfig = options.Pretrain
 
 
 def train(config: Config) -> Run:

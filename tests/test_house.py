@@ -26,13 +26,13 @@ LAYERS = """
     demo
     sft reward dpo ppo grpo
     run evaluate report labeler
-    checkpoint generate scorers
+    checkpoint generate scorers experience
     policy data optim docstrings
     trunk
     weights cache lora
     attention
-    losses text experience
-    rows curves
+    losses text
+    rows curves options
     config metrics batch pictures page
 """
 DEPTH = {module: depth for depth, line in enumerate(LAYERS.split("\n")) for module in line.split()}
@@ -230,9 +230,14 @@ def fields_of(node: ast.ClassDef) -> list[ast.AnnAssign]:
 
 
 def options(sources: list[Source]) -> dict[str, tuple[Source, ast.ClassDef]]:
-    """Every dataclass called Config, and by name those that it inherits from or holds."""
+    """Every dataclass called Config or standing in options.py, and by name those that it inherits from or holds."""
     known = {node.name: (source, node) for source in sources for node in dataclasses_of(source)}
-    found = {f"{s.path} Config": (s, node) for s in sources for node in dataclasses_of(s) if node.name == "Config"}
+    found = {
+        f"{source.path} {node.name}": (source, node)
+        for source in sources
+        for node in dataclasses_of(source)
+        if node.name == "Config" or source.stem == "options"
+    }
     waiting = list(found.values())
     while waiting:
         _, node = waiting.pop()
