@@ -165,7 +165,7 @@ class Demo:
             ppo.Config(
                 model=self.path("sft"), reward_model=self.path("reward"), prompts=self.source("prompts"),
                 output_dir=self.path(name), seed=self.config.seed, steps=self.size.ppo_steps,
-                rollouts_per_step=self.size.rollouts, epochs=2, minibatches=4, learning_rate=2.5e-4, value_lr_scale=100,
+                rollouts_per_step=self.size.rollouts, epochs=2, minibatches=4, learning_rate=3e-4, value_lr_scale=100,
                 max_prompt_tokens=docstrings.PROMPT_TOKENS, max_new_tokens=docstrings.COMPLETION_TOKENS,
                 ptx_data=ptx_data, ptx_batch_size=64, ptx_max_length=48, eval_every=self.size.eval_every,
                 save_every=self.size.eval_every, keep_checkpoints=self.size.ppo_steps,

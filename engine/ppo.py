@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from twinhead.engine import data, losses, options, scorers
+from twinhead.engine import data, losses, options, scorers, weights
 from twinhead.engine.batch import Example, Rollout, pack
 from twinhead.engine.data import Order
 from twinhead.engine.evaluate import describe, objective
@@ -89,7 +89,7 @@ def load(config: Config, run: Run, text: Text, functions: Sequence[RewardFunctio
     policy = Policy.from_pretrained(run.resume_from or config.model, config.critic, dtype, device)
     reference = Policy.from_pretrained(config.model, "none", dtype, device).requires_grad_(False).eval()
     judge = scorers.load_reward_model(config.reward_model, text, dtype, device) if config.reward_model else None
-    if config.value_init == "reward_model" and run.resume_from is None:
+    if config.value_init == "reward_model" and weights.load_head(run.resume_from or config.model) is None:
         policy.value_from(judge)
     return policy, reference, Scorer(text, judge, functions, config.reward_weights, config.tokens_per_micro)
 

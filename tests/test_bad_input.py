@@ -241,21 +241,21 @@ MODELS = [
     ("sft", {"model": "{mamba}"}, "MambaForCausalLM cannot be used: expected 2 calls of the attention function"),
     ("sft", {"model": "{reward_model}"}, "'{reward_model}': expected the weights of a causal language model, but"),
     ("ppo", {"reward_model": "{model}"}, "'{model}': expected the weights of a reward model with one label, but"),
-    ("ppo", {"reward_model": "{wrong}/nowhere"}, "expected a Hugging Face checkpoint folder with a config.json, got"),
+    ("ppo", {"reward_model": "{wrong}/nowhere"}, "expected a tokenizer in '{wrong}/nowhere', found none that loads ("),
     ("ppo", {"reward_model": "{other_order}"}, "reward_model: expected the policy's tokenizer (16 tokens), got "
      "another one (16 tokens) in '{other_order}'"),
     ("ppo", {"value_init": "reward_model"}, "value_init: expected a reward_model to take the value head from"),
     ("ppo", {"value_init": "reward_model", "reward_model": "{wide}"}, "value_init: expected a reward model of "
      "the policy's width 32, got 64"),
-    ("sft", {"model": "{other_words}", "data": "{huge_jsonl}"}, "expected token ids below 16, the rows of the "
-     "model's embedding, got 16: its tokenizer belongs to another model"),
-    ("ppo", {"model": "{other_words}", "prompts": "{huge_jsonl}"}, "expected token ids below 16, the rows"),
-    ("sft", {"model": "{gpt2}", "data": "{too_long_jsonl}", "max_length": 64}, "expected at most the model's 16 "
-     "tokens, got 23"),
-    ("sft", {"model": "{gpt2}", "eval_data": "{too_long_jsonl}", "max_length": 64}, "expected at most the model's 16"),
-    ("pretrain", {"model": "{gpt2}", "data": "{long_text_jsonl}", "max_length": 64}, "expected at most the model's 16"),
-    ("ppo", {"model": "{gpt2}", "max_new_tokens": 14}, "expected at most the model's 16 tokens, got"),
-    ("ppo", {"model": "{gpt2}", "ptx_data": "{long_text_jsonl}"}, "expected at most the model's 16 tokens in a"),
+    ("sft", {"model": "{other_words}", "data": "{huge_jsonl}"}, "sequence 0: expected token ids in [0, 16), the "
+     "rows of the model's embedding, got 0..16: its tokenizer belongs to another model"),
+    ("ppo", {"model": "{other_words}", "prompts": "{huge_jsonl}"}, "sequence 0: expected token ids in [0, 16),"),
+    ("sft", {"model": "{gpt2}", "data": "{too_long_jsonl}", "max_length": 64}, "sequence 0: expected at most the model's "
+     "16 tokens, got 23"),
+    ("sft", {"model": "{gpt2}", "eval_data": "{too_long_jsonl}", "max_length": 64}, "sequence 40: expected at most the"),
+    ("pretrain", {"model": "{gpt2}", "data": "{long_text_jsonl}", "max_length": 64}, "sequence 0: expected at most the"),
+    ("ppo", {"model": "{gpt2}", "max_new_tokens": 14}, "sequence 0: expected at most the model's 16 tokens, got 3 and 14"),
+    ("ppo", {"model": "{gpt2}", "ptx_data": "{long_text_jsonl}"}, "sequence 0: expected at most the model's 16 tokens,"),
 ]  # fmt: skip
 
 
