@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -55,6 +56,10 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         measured = (self.model and (self.data or self.text)) or (self.reward_model and self.comparisons)
+        if self.comparisons and not self.reward_model:
+            raise ValueError("comparisons: expected a --reward_model whose accuracy they measure, got none")
+        if bool(self.prompts) != bool(self.baseline):
+            raise ValueError("a contest needs both --baseline and --prompts (with --model and --reward_model), got one")
         contest = self.model and self.baseline and self.prompts and self.reward_model
         if not (measured or contest):
             raise ValueError(
@@ -97,7 +102,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """The commands, one line each."""
-    lines = [f"  {name:<10}{(config.__doc__ or '').splitlines()[0]}" for name, (config, _) in COMMANDS.items()]
+    purpose = {name: re.split(r"[:.(]|, ", config.__doc__ or "")[0].strip() for name, (config, _) in COMMANDS.items()}
+    lines = [f"  {name:<10}{what}" for name, what in purpose.items()]
     first = "usage: twinhead COMMAND [--config file.yaml] [--key value ...]"
     return "\n".join([first, "", *lines, "", "twinhead COMMAND --help lists the options."])
 

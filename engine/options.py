@@ -129,6 +129,7 @@ class PPO(RunConfig):
             value_init=(self.value_init in ("zero", "reward_model"), "zero or reward_model"),
             kl_coef=(self.kl_coef >= 0, "at least 0"),
             kl_target_nats=(not self.kl_target_nats or self.kl_coef > 0, "none with a kl_coef of 0, which never grows"),
+            kl_horizon=(self.rollouts_per_step < 5 * self.kl_horizon, "more than a fifth of rollouts_per_step"),
             score_clip=(self.score_clip is None or self.score_clip > 0, "above 0"),
             lam=(0 <= self.lam <= 1, "0 to 1"),
             gamma=(0 <= self.gamma <= 1, "0 to 1"),

@@ -70,7 +70,7 @@ def write_run(folder: Path) -> Path:
     """
     log = curves.read(folder)
     if not log.records:
-        raise ValueError(f"report: expected a run's folder, with at least one step in metrics.jsonl, got {folder}")
+        raise ValueError(f"expected a run's folder, with at least one step in metrics.jsonl, got {folder}")
     names = sorted({name for record in log.records for name in record} - {"step"})
     shown = {name for _, _, metrics in PANELS for name in metrics}
     shown |= {name + bound for name in shown for bound in ("_low", "_high")}
@@ -102,7 +102,7 @@ def write_demo(folder: Path) -> Path:
     """
     results = _json(folder / "results.json")
     if not results:
-        raise ValueError(f"report: expected a demonstration's folder, with results.json, got {folder}")
+        raise ValueError(f"expected a demonstration's folder, with results.json, got {folder}")
     samples = _json(folder / "samples.json")
     logs = {name: log for name in FAMILIES if (log := curves.read(folder / name)).records}
     drawn = demo_pictures(results, logs)

@@ -66,6 +66,8 @@ class Text:
 
         Raises ValueError when there is no tokenizer, or when it has no EOS token.
         """
+        if str(path).startswith((".", "/")) and not os.path.isdir(path):
+            raise ValueError(f"expected a checkpoint folder, got {str(path)!r}, which does not exist")
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:

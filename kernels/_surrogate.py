@@ -54,9 +54,7 @@ def surrogate(
 
 
 @torch.no_grad()
-def statistics(
-    policy: Surrogate, actions: Actions, divisor: Tensor | int, **measured: Tensor
-) -> dict[str, Tensor]:
+def statistics(policy: Surrogate, actions: Actions, divisor: Tensor | int, **measured: Tensor) -> dict[str, Tensor]:
     """The 0-dimensional statistics of one call, on its device and without a sync; what was not measured is 0.
 
     Sums over the actions by `divisor`: approx_kl of old - new (k1 under old samples), approx_kl_k3 of ratio - 1 - log

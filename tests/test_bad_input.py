@@ -137,14 +137,7 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Box:
 
 def command(stage: str, box: Box, output_dir: Path | str, **changes: Any) -> list[str]:
     chosen = toys.options(stage, box) | {"output_dir": str(output_dir)} | changes
-    return toys.command(stage, {name: filled(value, box) for name, value in chosen.items() if value != ()})
-
-
-def filled(value: Any, box: Box) -> Any:
-    """The value with the box's paths in place of their names."""
-    if isinstance(value, tuple):
-        return tuple(filled(part, box) for part in value)
-    return value.format(**box) if isinstance(value, str) else value
+    return toys.command(stage, {name: toys.filled(value, box) for name, value in chosen.items() if value != ()})
 
 
 @toys.one_thread()
@@ -224,7 +217,7 @@ def test_what_teaches_nothing_is_dropped_and_counted(
 
 
 MODELS = [
-    ("sft", {"model": "{wrong}/nowhere"}, "expected a tokenizer in '{wrong}/nowhere', found none that loads ("),
+    ("sft", {"model": "{wrong}/nowhere"}, "expected a checkpoint folder, got '{wrong}/nowhere', which does not exist"),
     ("sft", {"model": "{no_tokenizer}"}, "expected a tokenizer in '{no_tokenizer}', found no"),
     ("sft", {"model": "{cut_tokenizer}"}, "expected a tokenizer in '{cut_tokenizer}', found none that loads ("),
     ("sft", {"model": "{without_eos}"}, "{without_eos}: expected a tokenizer with an end-of-sequence token, got none"),
@@ -241,21 +234,22 @@ MODELS = [
     ("sft", {"model": "{mamba}"}, "MambaForCausalLM cannot be used: expected 2 calls of the attention function"),
     ("sft", {"model": "{reward_model}"}, "'{reward_model}': expected the weights of a causal language model, but"),
     ("ppo", {"reward_model": "{model}"}, "'{model}': expected the weights of a reward model with one label, but"),
-    ("ppo", {"reward_model": "{wrong}/nowhere"}, "expected a tokenizer in '{wrong}/nowhere', found none that loads ("),
+    ("ppo", {"reward_model": "{wrong}/nowhere"},
+     "expected a checkpoint folder, got '{wrong}/nowhere', which does not exist"),
     ("ppo", {"reward_model": "{other_order}"}, "reward_model: expected the policy's tokenizer (16 tokens), got "
      "another one (16 tokens) in '{other_order}'"),
     ("ppo", {"value_init": "reward_model"}, "value_init: expected a reward_model to take the value head from"),
     ("ppo", {"value_init": "reward_model", "reward_model": "{wide}"}, "value_init: expected a reward model of "
      "the policy's width 32, got 64"),
-    ("sft", {"model": "{other_words}", "data": "{huge_jsonl}"}, "sequence 0: expected token ids in [0, 16), the "
-     "rows of the model's embedding, got 0..16: its tokenizer belongs to another model"),
-    ("ppo", {"model": "{other_words}", "prompts": "{huge_jsonl}"}, "sequence 0: expected token ids in [0, 16),"),
-    ("sft", {"model": "{gpt2}", "data": "{too_long_jsonl}", "max_length": 64}, "sequence 0: expected at most the model's "
-     "16 tokens, got 23"),
-    ("sft", {"model": "{gpt2}", "eval_data": "{too_long_jsonl}", "max_length": 64}, "sequence 40: expected at most the"),
-    ("pretrain", {"model": "{gpt2}", "data": "{long_text_jsonl}", "max_length": 64}, "sequence 0: expected at most the"),
-    ("ppo", {"model": "{gpt2}", "max_new_tokens": 14}, "sequence 0: expected at most the model's 16 tokens, got 3 and 14"),
-    ("ppo", {"model": "{gpt2}", "ptx_data": "{long_text_jsonl}"}, "sequence 0: expected at most the model's 16 tokens,"),
+    ("sft", {"model": "{other_words}", "data": "{huge_jsonl}"}, "sequence 0: expected token ids in [0, 16), "
+     "the rows of the model's embedding, got 0..16: its tokenizer belongs to another model"),
+    ("ppo", {"model": "{other_words}", "prompts": "{huge_jsonl}"}, "sequence 0: expected token ids in [0,"),
+    ("sft", {"model": "{gpt2}", "data": "{too_long_jsonl}", "max_length": 64}, "sequence 0: expected at most the "
+     "model's 16 tokens, got 23"),
+    ("sft", {"model": "{gpt2}", "eval_data": "{too_long_jsonl}", "max_length": 64}, "sequence 40: expected at most"),
+    ("pretrain", {"model": "{gpt2}", "data": "{long_text_jsonl}", "max_length": 64}, "sequence 0: expected at most"),
+    ("ppo", {"model": "{gpt2}", "max_new_tokens": 14}, "sequence 0: expected at most the model's 16 tokens, got 3 and"),
+    ("ppo", {"model": "{gpt2}", "ptx_data": "{long_text_jsonl}"}, "sequence 0: expected at most the model's 16"),
 ]  # fmt: skip
 
 

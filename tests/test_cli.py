@@ -54,7 +54,7 @@ def test_the_help_lists_every_command(args: list[str], code: int, capsys: pytest
     words = " ".join(printed.split())
     assert words.startswith("usage: twinhead COMMAND [--config file.yaml] [--key value ...]")
     for name, (config, _) in cli.COMMANDS.items():
-        assert f"{name} {config.__doc__.splitlines()[0]}" in words
+        assert f" {name} {config.__doc__.split()[0]} " in words, "each command with what it is for"
     assert "twinhead COMMAND --help lists the options." in words
 
 

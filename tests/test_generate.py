@@ -233,7 +233,10 @@ def test_generation_leaves_the_policy_as_it_was(llama: Policy) -> None:
         ([[5], []], "prompt 1: expected at least one token, got none"),
         ([[5, VOCABULARY]], rf"sequence 0: expected token ids in \[0, {VOCABULARY}\).* got 5..{VOCABULARY}"),
         ([[-1, 4]], rf"sequence 0: expected token ids in \[0, {VOCABULARY}\).* got -1..4"),
-        ([[5], [5] * (MAX_LENGTH - NEW + 1)], f"sequence 1: expected at most the model's {MAX_LENGTH} tokens, got 85 and {NEW} new ones"),
+        (
+            [[5], [5] * (MAX_LENGTH - NEW + 1)],
+            f"sequence 1: expected at most the model's {MAX_LENGTH} tokens, got 85 and {NEW} new ones",
+        ),
     ],
 )
 def test_prompts_that_cannot_be_answered_are_refused(llama: Policy, prompts: list[list[int]], message: str) -> None:

@@ -376,8 +376,8 @@ def test_no_file_names_a_machine() -> None:
 
 
 def test_an_operation_is_one_word_everywhere() -> None:
-    """kernels/<op>/ has its reference and its tests, and csrc/<op>.cpp belongs to a kernels/<op>/."""
+    """kernels/<op>/ has its reference and its tests; csrc/<op>.cpp and <op>_bindings.cpp belong to a kernels/<op>/."""
     folders = {path.parent.name for path in ROOT.glob("kernels/*/__init__.py")}
     assert folders == {path.parent.name for path in ROOT.glob("kernels/*/reference.py")}
     assert folders <= {path.stem.removeprefix("test_") for path in ROOT.glob("tests/kernels/test_*.py")}
-    assert {path.stem for path in ROOT.glob("csrc/*.cpp")} <= {*folders, "bindings"}
+    assert {path.stem.removesuffix("_bindings") for path in ROOT.glob("csrc/*.cpp")} <= {*folders, "bindings"}

@@ -214,5 +214,7 @@ def test_the_state_of_another_model_is_refused() -> None:
     push(module)
     optimizer.step()
     other = Optimizer(nn.ModuleDict({"head": layer()}), config(), 1)
-    with pytest.raises(ValueError, match="optimizer state: expected every parameter of this model, but 'head.weight' is missing"):
+    with pytest.raises(
+        ValueError, match=r"optimizer state: expected every parameter of this model, but 'head\.weight' is missing"
+    ):
         other.restore(*optimizer.state())

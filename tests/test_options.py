@@ -121,13 +121,6 @@ ELSEWHERE = {
 }
 
 
-def filled(value: Any, box: Box) -> Any:
-    """The value with the box's paths in place of their names."""
-    if isinstance(value, tuple):
-        return tuple(filled(part, box) for part in value)
-    return value.format(**box) if isinstance(value, str) else value
-
-
 @pytest.fixture(scope="module")
 def box(tmp_path_factory: pytest.TempPathFactory) -> Box:
     folder = tmp_path_factory.mktemp("box")
@@ -161,7 +154,7 @@ def traced(stage: str, box: Box, folder: Path, changes: dict[str, Any]) -> Trace
     evaluate = {"evaluate": lambda policy: {"answer": 42.0}} if stage == "ppo" else {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trunk, "_forward", counted)
-        given = {name: filled(value, box) for name, value in changes.items()}
+        given = {name: toys.filled(value, box) for name, value in changes.items()}
         toys.train(stage, box, folder, **evaluate, **given)
     weights = {name: tensor.flatten().tolist() for name, tensor in load_file(folder / "model.safetensors").items()}
     head = folder / "value_head.safetensors"

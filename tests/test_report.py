@@ -227,7 +227,7 @@ def test_a_long_curve_is_means_inside_their_range(tmp_path: Path) -> None:
 def test_a_folder_without_metrics_is_refused(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)
-    with pytest.raises(ValueError, match="report: expected a run's folder, with at least one step"):
+    with pytest.raises(ValueError, match=r"^expected a run's folder, with at least one step"):
         report.write_run(tmp_path)
     with pytest.raises(ValueError, match=r"expected a demonstration's folder, with results\.json"):
         report.write_demo(tmp_path)

@@ -67,14 +67,7 @@ def command(case: str, box: dict[str, str], **changes: Any) -> list[str]:
     """Ten steps of a stage under runs/, as one types it."""
     stage = case.split()[0]
     chosen = toys.options(stage, box) | OPTIONS[case] | SAVING | {"output_dir": "run"} | changes
-    return toys.command(stage, {name: filled(value, box) for name, value in chosen.items() if value != ()})
-
-
-def filled(value: Any, box: dict[str, str]) -> Any:
-    """The value with the box's paths in place of their names."""
-    if isinstance(value, tuple):
-        return tuple(filled(part, box) for part in value)
-    return str(value).format(**box)
+    return toys.command(stage, {name: toys.filled(value, box) for name, value in chosen.items() if value != ()})
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Task A: its language, its tokenizer, its judge and its comparisons."""
+"""Task A: its language, its tokenizer and its judge."""
 
 from __future__ import annotations
 
@@ -84,23 +84,6 @@ def test_the_judge_refuses_prompts_that_are_none() -> None:
     for prompt in ("room", "castle <sep>", "<sep>"):
         with pytest.raises(ValueError, match="expected a prompt of one topic and <sep>"):
             judge([prompt], ["the room is clean ."], finished=[True])
-
-
-def test_comparisons_rank_by_gold_score() -> None:
-    prompts = ["room <sep>", "pool <sep>"]
-    responses = [
-        ["the room is dirty .", "the room is clean .", "the room is clean ."],
-        ["the pool is warm .", "warm ."],
-    ]
-    finished = [[True, True, False], [True, True]]
-    rows = reviews.comparisons(prompts, responses, finished, noise=0.0, seed=0)
-    assert [row["ranks"] for row in rows] == [[2, 0, 1], [0, 1]]
-    assert [row["prompt"] for row in rows] == prompts
-    assert [row["responses"] for row in rows] == responses
-    noisy = [reviews.comparisons(prompts * 50, responses * 50, finished * 50, noise=2.0, seed=s) for s in (1, 1, 2)]
-    assert noisy[0] == noisy[1] != noisy[2]
-    with pytest.raises(ValueError, match="argument"):
-        reviews.comparisons(prompts, responses, finished[:1], noise=0.0, seed=0)
 
 
 def test_write_is_json_lines(tmp_path: Path) -> None:

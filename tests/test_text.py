@@ -305,10 +305,11 @@ def test_a_missing_tokenizer(tmp_path: Path) -> None:
         ("weights", "found no vocabulary there"),
         ("empty", "found none that loads"),
         ("broken", "found none that loads"),
-        ("nowhere", "found none that loads"),
     ):
         with pytest.raises(ValueError, match=f"^expected a tokenizer in '{tmp_path / name}', {sentence}"):
             Text.from_pretrained(tmp_path / name)
+    with pytest.raises(ValueError, match=r"expected a checkpoint folder, got .*nowhere', which does not exist"):
+        Text.from_pretrained(tmp_path / "nowhere")
 
 
 def test_a_word_outside_the_vocabulary() -> None:

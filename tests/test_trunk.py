@@ -161,7 +161,9 @@ def test_what_the_model_cannot_read_is_refused_before_any_work() -> None:
         trunk.check_fit(language_model, [*fitting, Example([4] * 96, [5])])
     with pytest.raises(ValueError, match=f"the model's {MAX_LENGTH} tokens, got 1 and 96 new ones"):
         trunk.check_fit(language_model, fitting[1:], MAX_LENGTH)
-    with pytest.raises(ValueError, match=r"expected token ids in \[0, 61\), the rows of the model's embedding, got 4..61: "):
+    with pytest.raises(
+        ValueError, match=r"expected token ids in \[0, 61\), the rows of the model's embedding, got 4..61: "
+    ):
         trunk.check_fit(language_model, [Example([4], [VOCABULARY])])
 
 

@@ -172,6 +172,13 @@ def train(stage: str, paths: dict[str, str], output_dir: Path | str, **changes: 
     return fit(config(**given), **evaluate, **reward_funcs)
 
 
+def filled(value: Any, paths: dict[str, str]) -> Any:
+    """The value with paths in place of their names: "{model}" becomes where the model lies."""
+    if isinstance(value, tuple):
+        return tuple(filled(part, paths) for part in value)
+    return value.format(**paths) if isinstance(value, str) else value
+
+
 def command(stage: str, chosen: dict[str, Any]) -> list[str]:
     """The same options as words of the command line."""
     words = [stage]

@@ -120,7 +120,7 @@ def linear_ppo_loss(
     the whole optimizer step; by default that of this call. The log-ratio is limited to [-20, 20] before exp.
 
     Returns (loss, stats): a 0-dimensional loss, differentiable once to hidden, weight and bias, and 0-dimensional
-    statistics on the same device, sums over the tokens by `normalizer` (so they add up over micro-batches): pg_loss (the
+    statistics on the same device, sums over the tokens by `normalizer` (they add up over micro-batches): pg_loss (the
     surrogate), approx_kl (of old - new), approx_kl_k3, ref_kl (of the estimator), entropy, clipfrac, ratio_mean.
     ratio_max is a maximum; vf_loss and vf_clipfrac are 0, as there are no values.
 
