@@ -42,7 +42,7 @@ class Labels:
     epochs: int
 
 
-HEALTHY = Labels(prompts=3000, noise=0.5, epochs=1)
+HEALTHY = Labels(prompts=6000, noise=0.5, epochs=1)
 WEAK = Labels(prompts=300, noise=1.0, epochs=6)
 
 
