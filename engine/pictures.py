@@ -87,6 +87,7 @@ class Note:
     y: float
     text: str
     colour: str = "ink"
+    side: str = "center"  # of the text: center, or left where the point is near the left border
 
 
 class Panel(Protocol):
@@ -258,7 +259,9 @@ def over_optimisation(points: Sequence[dict[str, float]], title: str) -> Figure:
     kl = [max(p["kl"], 0.0) for p in kept]  # an estimate: it can fall below 0 by chance
     proxy, gold = ([p[name] for p in kept] for name in ("proxy", "gold"))
     top = max(range(len(kept)), key=gold.__getitem__)
-    peak = [Note(x=kl[top], y=gold[top], text=f"maximum {number(gold[top])}\nat KL {number(kl[top])}", colour="gold")]
+    side = "left" if kl[top] < 0.1 * kl[-1] else "center"
+    words = f"maximum {number(gold[top])}\nat KL {number(kl[top])}"
+    peak = [Note(x=kl[top], y=gold[top], text=words, colour="gold", side=side)]
     panel = Curves(
         title=title,
         x_label="KL from the start of PPO, nats per answer (square-root scale)",
@@ -324,7 +327,7 @@ def _draw_note(axes: Axes, note: Note) -> None:
         (note.x, 0.03),
         textcoords=below,
         color=shade,
-        ha="center",
+        ha=note.side,
         va="bottom",
         arrowprops=stem,
     )
