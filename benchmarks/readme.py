@@ -35,11 +35,11 @@ def demo(results: dict[str, Any]) -> list[str]:
         name = names.get(stage) or f"{'PPO-ptx' if kind == 'ppo_ptx' else 'PPO'}, iteration {step}"
         numbers = (f"{found[key]:.2f}" for key in ("gold", "reward", "kl", "distinct", "lm_loss"))
         lines.append(f"| {name} | {found['win_rate']:.2f} ({found['win_rate_low']:.2f}) | {' | '.join(numbers)} |")
-    human, accuracy = results["human_gold"], results["reward_accuracy"]
+    human, accuracy, rows = results["human_gold"], results["reward_accuracy"], results["rows"]
     return [
         *lines,
         "",
-        f"Seed {results['seed']}, Python {results['python']}, {results['rows']['demonstrations.jsonl']} demonstrations. "
+        f"Seed {results['seed']}, Python {results['python']}, {rows['demonstrations.jsonl']} demonstrations. "
         f"Docstrings written by people score {human:.2f}; the reward model orders {accuracy:.0%} of held-out pairs as "
         "the labeler did.",
     ]
