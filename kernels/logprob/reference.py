@@ -45,8 +45,8 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _entropy(logp: Tensor) -> Tensor:
-    # the clamp only moves -inf, so that 0 log 0 is 0
-    return -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
+    # the clamp only moves what has probability 0, so that 0 log 0 is 0; a root, so that slopes do not make it inf again
+    return -(logp.exp() * logp.clamp(min=-(torch.finfo(logp.dtype).max ** 0.5))).sum(-1)
 
 
 def _scattered(found: Tensor, row_mask: Tensor) -> Tensor:

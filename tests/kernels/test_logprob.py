@@ -141,3 +141,13 @@ LOGITS, INDEX = torch.zeros(4, 5), torch.zeros(4, dtype=torch.int64)
 def test_mistakes_end_in_one_sentence(sentence: str, mistake: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match=f"expected {sentence}"):
         mistake()
+
+
+def test_a_banned_word_keeps_the_entropy_gradient_finite_under_any_slope() -> None:
+    logits = torch.randn(3, 7)
+    logits[:, 2] = float("-inf")
+    logits.requires_grad_()
+    (entropy_from_logits(logits) * 3.0).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    assert (logits.grad[:, 2] == 0).all()
