@@ -1,80 +1,23 @@
-// The Python module twinhead.kernels._C: argument checks, and release of the interpreter lock; no arithmetic.
-#include <pybind11/numpy.h>
+// The Python module twinhead.kernels._C: one line per operation.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <optional>
-
-#include "gae.h"
-
-namespace py = pybind11;
 
 namespace twinhead {
-namespace {
 
-template <typename T>
-using Numpy = py::array_t<T, py::array::c_style>;
+void define_gae(pybind11::module_& module);
+void define_kl(pybind11::module_& module);
+void define_linear(pybind11::module_& module);
+void define_logprob(pybind11::module_& module);
+void define_ppo(pybind11::module_& module);
+void define_sample(pybind11::module_& module);
 
-std::string lengths(const char* name, std::int64_t expected, std::int64_t got) {
-  return std::string("gae: expected ") + name + " of length " + std::to_string(expected) + ", got " +
-         std::to_string(got);
-}
-
-template <typename T>
-Array<const T> readable(const Numpy<T>& array) {
-  return {array.data(), array.size()};
-}
-
-template <typename T>
-Array<const T> readable(const std::optional<Numpy<T>>& array) {
-  return array ? readable(*array) : Array<const T>{nullptr, 0};
-}
-
-template <typename T>
-Array<T> writable(Numpy<T>& array) {
-  return {array.mutable_data(), array.size()};
-}
-
-template <typename T>
-void expect_consistent(const GaeArrays<T>& arrays, int threads) {
-  const std::int64_t total = arrays.rewards.size, runs = arrays.offsets.size - 1;
-  expect(arrays.values.size == total, lengths("values", total, arrays.values.size));
-  expect(arrays.advantages.size == total, lengths("advantages", total, arrays.advantages.size));
-  expect(arrays.returns.size == total, lengths("returns", total, arrays.returns.size));
-  expect(!arrays.mask || arrays.mask.size == total, lengths("mask", total, arrays.mask.size));
-  expect(runs >= 0, "gae: expected offsets of length S + 1, got none");
-  expect(!arrays.bootstrap || arrays.bootstrap.size == runs, lengths("bootstrap", runs, arrays.bootstrap.size));
-  bool rising = arrays.offsets[0] == 0 && arrays.offsets[runs] == total;
-  for (std::int64_t run = 0; run < runs && rising; ++run) rising = arrays.offsets[run] <= arrays.offsets[run + 1];
-  expect(rising, "gae: expected offsets to rise from 0 to " + std::to_string(total) + ", got others");
-  expect(threads >= 1, "gae: expected threads >= 1, got " + std::to_string(threads));
-}
-
-template <typename T>
-void gae_of_numpy(const Numpy<T>& rewards, const Numpy<T>& values, const Numpy<std::int64_t>& offsets,
-                  const std::optional<Numpy<bool>>& mask, const std::optional<Numpy<T>>& bootstrap, double gamma,
-                  double lam, int threads, Numpy<T> advantages, Numpy<T> returns) {
-  const GaeArrays<T> arrays{readable(rewards),   readable(values),     readable(offsets), readable(mask),
-                            readable(bootstrap), writable(advantages), writable(returns)};
-  expect_consistent(arrays, threads);
-  const py::gil_scoped_release unlocked;
-  gae(arrays, gamma, lam, threads);
-}
-
-// noconvert: an array of another dtype or layout would be copied, and what is written to the copy would be lost.
-template <typename T>
-void define_gae(py::module_& module) {
-  module.def("gae", &gae_of_numpy<T>, py::arg("rewards").noconvert(), py::arg("values").noconvert(),
-             py::arg("offsets").noconvert(), py::arg("mask").noconvert().none(true),
-             py::arg("bootstrap").noconvert().none(true), py::arg("gamma"), py::arg("lam"), py::arg("threads"),
-             py::arg("advantages").noconvert(), py::arg("returns").noconvert());
-}
-
-}  // namespace
 }  // namespace twinhead
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "C++ twins of twinhead's kernels for the CPU.";
-  twinhead::define_gae<float>(module);
-  twinhead::define_gae<double>(module);
+  twinhead::define_gae(module);
+  twinhead::define_kl(module);
+  twinhead::define_linear(module);
+  twinhead::define_logprob(module);
+  twinhead::define_ppo(module);
+  twinhead::define_sample(module);
 }

@@ -5,6 +5,9 @@ namespace twinhead {
 
 namespace {
 
+// An element takes two nanoseconds. Below this many, waiting for a thread on a busy machine costs more than it saves.
+constexpr std::int64_t kParallelTokens = 1 << 17;
+
 // delta_t = reward_t + gamma value_{t+} - value_t;  advantage_t = delta_t + gamma lam advantage_{t+}.
 // Elements that are no action are stepped over: they carry both states on, and come out as 0.
 template <typename T>
@@ -30,7 +33,7 @@ void walk_back(const GaeArrays<T>& arrays, std::int64_t run, T gamma, T decay) {
 template <typename T>
 void gae(const GaeArrays<T>& arrays, double gamma, double lam, int threads) {
   const std::int64_t runs = arrays.offsets.size - 1;
-  const bool parallel = arrays.rewards.size >= kParallelElements;
+  const bool parallel = arrays.rewards.size >= kParallelTokens;
 #pragma omp parallel for num_threads(threads) schedule(guided) if (parallel)
   for (std::int64_t run = 0; run < runs; ++run) {
     walk_back(arrays, run, static_cast<T>(gamma), static_cast<T>(gamma * lam));

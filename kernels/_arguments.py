@@ -43,10 +43,13 @@ def expect_between(op: str, low: float, high: float, **values: float | None) -> 
 
 
 def expect_targets(op: str, name: str, targets: Tensor, vocabulary: int, ignore_index: int | None = None) -> None:
-    """Whole numbers in [0, vocabulary), or `ignore_index`. Only CPU values are read: a GPU would have to sync."""
+    """Whole numbers in [0, vocabulary), or `ignore_index`.
+
+    Only CPU values are read, and not by torch.compile: a GPU would have to sync, and a graph would break.
+    """
     if targets.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{op}: expected {name} of dtype int64, got {targets.dtype}")
-    if targets.device.type != "cpu" or targets.numel() == 0:
+    if targets.device.type != "cpu" or targets.numel() == 0 or torch.compiler.is_compiling():
         return
     wrong = (targets < 0) | (targets >= vocabulary)
     if ignore_index is not None:
@@ -56,11 +59,11 @@ def expect_targets(op: str, name: str, targets: Tensor, vocabulary: int, ignore_
 
 
 def expect_offsets(op: str, cu_seqlens: Tensor, total: int) -> None:
-    """(S+1,) whole numbers that rise from 0 to `total`. Only CPU values are read: a GPU would have to sync."""
+    """(S+1,) whole numbers that rise from 0 to `total`. Values are read where expect_targets reads them."""
     if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         got = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
         raise ValueError(f"{op}: expected cu_seqlens int32 of shape (S + 1,), got {got}")
-    if cu_seqlens.device.type != "cpu":
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
     first, last = cu_seqlens[0].item(), cu_seqlens[-1].item()
     if first != 0 or last != total or (cu_seqlens.diff() < 0).any():

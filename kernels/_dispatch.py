@@ -15,14 +15,19 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 
 BACKENDS = ("triton", "cpu", "torch")
 VARIABLE = "TWINHEAD_KERNELS"
 EXTENSION = "twinhead.kernels._C"
+
+Answer = TypeVar("Answer", bound=Callable[..., Any])
 
 
 class Backends:
@@ -45,7 +50,7 @@ class Backends:
             raise ValueError(f"{op}: no backend {name!r} for this operation, expected one of {', '.join(self.modules)}")
         if obstacle := _obstacle(name, device):
             raise ValueError(f"{op}: backend {name!r} cannot run here, {obstacle}")
-        return importlib.import_module(f"{self.package}.{self.modules[name]}")
+        return _load(f"{self.package}.{self.modules[name]}")
 
     def _best(self, device: torch.device) -> str:
         native = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "torch")
@@ -67,6 +72,27 @@ def _obstacle(backend: str, device: torch.device) -> str | None:
     return None
 
 
-@cache
+def _load(module: str) -> ModuleType:
+    return sys.modules[_imported(module)]
+
+
+def _constant(function: Answer) -> Answer:
+    """torch.compiler.assume_constant_result, which would load the compiler and Triton with every import of ours."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# torch.compile cannot trace the import system; these two answers it takes as they are when it traces
+@_constant
+def _imported(module: str) -> str:
+    return importlib.import_module(module).__name__
+
+
+@_constant
 def _installed(module: str) -> bool:
+    return _found(module)
+
+
+@cache
+def _found(module: str) -> bool:
     return importlib.util.find_spec(module) is not None

@@ -16,7 +16,7 @@ from torch import Tensor
 from twinhead.kernels._arguments import expect_between, expect_like, expect_offsets, expect_shape
 from twinhead.kernels._dispatch import Backends
 
-_GAE_BACKENDS = Backends(__name__, cpu="cpu", torch="reference")
+_GAE_BACKENDS = Backends(__name__, triton="gpu", cpu="cpu", torch="reference")
 _WHITEN_BACKENDS = Backends(__name__, torch="reference")
 
 

@@ -3,41 +3,44 @@
 from __future__ import annotations
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from twinhead.kernels import _C
-from twinhead.kernels._precision import wide
+from twinhead.kernels.gae.operator import fused, results
 
 
-def gae(
+def forward(
     rewards: Tensor,
     values: Tensor,
-    *,
     gamma: float,
     lam: float,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     bootstrap: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """[B, T] with a mask (or None), or (R,) with cu_seqlens; bootstrap (B,) or (S,). Two tensors like rewards."""
-    dtype = wide(rewards, values)
-    advantages = torch.empty(rewards.shape, dtype=dtype)
-    returns = torch.empty_like(advantages)
+    """As in operator.results, and filled."""
+    advantages, returns = results(rewards, values, gamma, lam, mask, cu_seqlens, bootstrap)
+
+    def flat(tensor: Tensor, dtype: torch.dtype = advantages.dtype) -> NDArray:
+        return tensor.to(dtype).contiguous().view(-1).numpy()
+
     if cu_seqlens is None:
         rows, width = rewards.shape
-        offsets = torch.arange(rows + 1) * width
-    else:
-        offsets = cu_seqlens.long()
+        cu_seqlens = torch.arange(rows + 1) * width
     _C.gae(
-        rewards.to(dtype).contiguous().view(-1).numpy(),
-        values.to(dtype).contiguous().view(-1).numpy(),
-        offsets.numpy(),
-        None if mask is None else mask.bool().contiguous().view(-1).numpy(),
-        None if bootstrap is None else bootstrap.to(dtype).contiguous().numpy(),
+        flat(rewards),
+        flat(values),
+        flat(cu_seqlens, torch.int64),
+        None if mask is None else flat(mask, torch.bool),
+        None if bootstrap is None else flat(bootstrap),
         gamma,
         lam,
         torch.get_num_threads(),
-        advantages.view(-1).numpy(),
-        returns.view(-1).numpy(),
+        flat(advantages),
+        flat(returns),
     )
     return advantages, returns
+
+
+gae = fused("cpu", forward)

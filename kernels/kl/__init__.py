@@ -15,11 +15,13 @@ from torch import Tensor
 from twinhead.kernels._arguments import expect_choice, expect_like, expect_positive
 from twinhead.kernels._dispatch import Backends
 from twinhead.kernels._estimators import KINDS
+from twinhead.kernels.kl import chunked
 
 DIRECTIONS = ("reverse", "forward")
 
-_BACKENDS = Backends(__name__, torch="reference")
-_LINEAR_BACKENDS = Backends(__name__, torch="chunked")
+_ESTIMATE_BACKENDS = Backends(__name__, torch="reference")
+_FULL_BACKENDS = Backends(__name__, triton="gpu", cpu="cpu", torch="reference")
+_LINEAR_BACKENDS = Backends(__name__, triton="gpu", cpu="cpu", torch="eager")
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:
@@ -30,7 +32,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
     """
     expect_choice("kl_estimate", "kind", kind, KINDS)
     expect_like("kl_estimate", "logprobs", logprobs, ref_logprobs=ref_logprobs)
-    return _BACKENDS.pick("kl_estimate", logprobs.device).kl_estimate(logprobs, ref_logprobs, kind)
+    return _ESTIMATE_BACKENDS.pick("kl_estimate", logprobs.device).kl_estimate(logprobs, ref_logprobs, kind)
 
 
 def full_kl(
@@ -51,7 +53,7 @@ def full_kl(
     expect_choice("full_kl", "direction", direction, DIRECTIONS)
     expect_like("full_kl", "logits", logits, ref_logits=ref_logits)
     expect_positive("full_kl", temperature=temperature)
-    implementation = _BACKENDS.pick("full_kl", logits.device, backend)
+    implementation = _FULL_BACKENDS.pick("full_kl", logits.device, backend)
     return implementation.full_kl(logits, ref_logits, direction=direction, temperature=temperature)
 
 
@@ -80,12 +82,13 @@ def linear_kl(
     if hidden.shape[:-1] != ref_hidden.shape[:-1] or len(weight) != len(ref_weight):
         got = f"{tuple(hidden.shape)}, {len(weight)} words and {tuple(ref_hidden.shape)}, {len(ref_weight)} words"
         raise ValueError(f"{op}: expected two heads over the same rows and the same vocabulary, got {got}")
-    kl = _LINEAR_BACKENDS.pick(op, hidden.device, backend).linear_kl(
+    kl = chunked.linear_kl(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         ref_hidden.reshape(-1, ref_hidden.shape[-1]),
         ref_weight,
         direction=direction,
         temperature=temperature,
+        epilogue=_LINEAR_BACKENDS.pick(op, hidden.device, backend).__name__,
     )
     return kl.view(hidden.shape[:-1])

@@ -21,9 +21,10 @@ from twinhead.kernels._arguments import (
 )
 from twinhead.kernels._dispatch import Backends
 from twinhead.kernels._precision import wide
+from twinhead.kernels.linear import chunked
 from twinhead.kernels.linear.objective import Objective
 
-_BACKENDS = Backends(__name__, torch="chunked")
+_BACKENDS = Backends(__name__, triton="gpu", cpu="cpu", torch="eager")
 
 
 def linear_logprob(
@@ -54,7 +55,7 @@ def linear_logprob(
     op = "linear_logprob"
     _expect_head(op, hidden, weight, targets, bias, ignore_index)
     expect_positive(op, temperature=temperature, softcap=softcap)
-    logprobs, entropy = _BACKENDS.pick(op, hidden.device, backend).linear_logprob(
+    logprobs, entropy = chunked.linear_logprob(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         targets.reshape(-1),
@@ -62,8 +63,8 @@ def linear_logprob(
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
-        return_entropy=return_entropy,
         ignore_index=ignore_index,
+        epilogue=_BACKENDS.pick(op, hidden.device, backend).__name__,
     )
     logprobs = logprobs.view(targets.shape)
     return (logprobs, entropy.view(targets.shape)) if return_entropy else logprobs
@@ -144,9 +145,9 @@ def linear_ppo_loss(
         entropy_coef,
         normalizer,
     )
-    return _BACKENDS.pick(op, hidden.device, backend).linear_ppo_loss(
-        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), bias, objective, temperature=temperature
-    )
+    rows, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    epilogue = _BACKENDS.pick(op, hidden.device, backend).__name__
+    return chunked.linear_ppo_loss(rows, weight, targets, bias, objective, temperature=temperature, epilogue=epilogue)
 
 
 def _tokens(constant: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:

@@ -1,15 +1,62 @@
-"""The fused head in PyTorch: block after block of rows, never the whole logits, and gradients by hand."""
+"""The fused head: block after block of rows, never the whole logits, and gradients by hand.
+
+The matrix products are the library's. What follows them is the backend's: a module with the functions of Epilogue.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from twinhead.kernels._head import LOG_ZERO, Head, HeadGradient, blocks, refuse_second_derivative
+from twinhead.kernels._head import Head, HeadGradient, blocks, refuse_second_derivative
 from twinhead.kernels._precision import full_precision, wide
+from twinhead.kernels._surrogate import STATISTICS
 from twinhead.kernels.linear.objective import Objective
+
+
+class Measures(NamedTuple):
+    """Of each row's softmax, (R,) each, in the working dtype."""
+
+    entropy: Tensor
+    peak: Tensor  # the largest logit
+    log_sum: Tensor  # log of the sum of exp(logit - peak); apart from it, as large logits would round it away
+
+    def at(self, rows: slice) -> Measures:
+        """Those of one block."""
+        return Measures(*(measure[rows] for measure in self))
+
+
+class Epilogue(Protocol):
+    """What a backend does with the products (n, V) of one block; rows whose target is below 0 are left out."""
+
+    def measure(self, products: Tensor, head: Head, targets: Tensor, logprobs: Tensor, measures: Measures) -> None:
+        """Writes logprobs (n,) and the measures (n,); a row that is left out has log-prob and entropy 0."""
+
+    def gradient(
+        self,
+        products: Tensor,
+        head: Head,
+        targets: Tensor,
+        measures: Measures,
+        slopes: Tensor,
+        entropy_slopes: Tensor | None,
+    ) -> Tensor:
+        """The products' gradient (n, V) of sum slopes * logprobs + entropy_slopes * entropy; the products are spent."""
+
+    def learn(
+        self,
+        products: Tensor,
+        head: Head,
+        targets: Tensor,
+        logprobs: Tensor,
+        measures: Measures,
+        objective: Objective,
+    ) -> Tensor:
+        """Writes what `measure` writes, and returns the products' gradient of the objective of these rows."""
 
 
 def linear_logprob(
@@ -18,66 +65,106 @@ def linear_logprob(
     targets: Tensor,  # (R,)
     bias: Tensor | None,  # (V,)
     *,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    return_entropy: bool = False,
-    ignore_index: int = -100,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs (R,) and, if asked for, entropies (R,): one matrix product forward, three backward."""
-    shape = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
-    valid = targets != ignore_index
-    if valid.device.type == "cpu" and valid.all():  # the usual case, which a GPU would have to sync to see
-        return _LinearLogprob.apply(hidden, weight, bias, targets.long(), shape, return_entropy)
-    # the states too: a NaN in an ignored one would reach the weight's gradient as 0 * NaN
-    hidden, targets = hidden.where(valid[:, None], 0), targets.where(valid, 0).long()
-    logprobs, entropy = _LinearLogprob.apply(hidden, weight, bias, targets, shape, return_entropy)
-    return logprobs.where(valid, 0), None if entropy is None else entropy.where(valid, 0)
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    epilogue: str,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies (R,): one matrix product forward, three backward."""
+    targets = targets.long()
+    targets = targets.where(targets != ignore_index, -1)
+    logprobs, entropy, _, _ = _linear_logprob(
+        hidden, weight, bias, targets, temperature, softcap, logit_scale, epilogue
+    )
+    return logprobs, entropy
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        shape: dict[str, Any],
-        return_entropy: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        with full_precision(hidden.device):
-            head = Head(weight, bias, wide(hidden, weight), **shape)
-            logprobs = hidden.new_empty(len(hidden), dtype=head.dtype)
-            entropy = torch.empty_like(logprobs) if return_entropy else None
-            for rows in blocks(hidden):
-                z = head.logits(hidden[rows])
-                logp = z.log_softmax(-1)
-                logprobs[rows] = _at_targets(logp, targets[rows])
-                if entropy is not None:
-                    entropy[rows] = _entropy(z.softmax(-1), logp)
-        # a copy, because the entropy belongs to the caller, who may write to it
-        ctx.save_for_backward(hidden, weight, bias, targets, None if entropy is None else entropy.clone())
-        ctx.set_materialize_grads(False)
-        ctx.shape = shape
-        return logprobs, entropy
+@torch.library.custom_op("twinhead::linear_logprob", mutates_args=())
+def _linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    epilogue: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, entropy, peak and log_sum."""
+    run, logprobs, measures = _load(epilogue), *_unmeasured(hidden, weight)
+    with full_precision(hidden.device):
+        head = Head(weight, bias, logprobs.dtype, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+        hidden = _without_ignored(hidden, targets)
+        for rows in blocks(hidden):
+            run.measure(head.products(hidden[rows]), head, targets[rows], logprobs[rows], measures.at(rows))
+    return logprobs, *measures
 
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor | None, entropy_slope: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("linear_logprob")
-        hidden, weight, bias, targets, entropy = ctx.saved_tensors
-        slope = torch.zeros_like(entropy) if slope is None else slope
-        with full_precision(hidden.device):
-            head = Head(weight, bias, wide(hidden, weight), **ctx.shape)
-            gradient = HeadGradient(head, hidden, ctx.needs_input_grad[:3])
-            for rows in blocks(hidden):
-                z = head.logits(hidden[rows])
-                p, from_entropy = z.softmax(-1), None
-                if entropy_slope is not None:
-                    from_entropy = _entropy_gradient(p, z.log_softmax(-1), entropy[rows], entropy_slope[rows])
-                dz = _logprob_gradient(p, targets[rows], slope[rows])
-                gradient.add(rows, hidden[rows], dz if from_entropy is None else dz.add_(from_entropy), z)
-        return *gradient.result(weight, bias), None, None, None
+
+@_linear_logprob.register_fake
+def _(hidden: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logprobs, measures = _unmeasured(hidden, weight)
+    return logprobs, *measures
+
+
+@torch.library.custom_op("twinhead::linear_logprob_backward", mutates_args=())
+def _linear_logprob_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    entropy: Tensor,
+    peak: Tensor,
+    log_sum: Tensor,
+    slopes: Tensor,
+    entropy_slopes: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    epilogue: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients of those of hidden, weight and bias that need one."""
+    run, measures = _load(epilogue), Measures(entropy, peak, log_sum)
+    slopes, entropy_slopes = slopes.contiguous(), None if entropy_slopes is None else entropy_slopes.contiguous()
+    with full_precision(hidden.device):
+        head = Head(weight, bias, peak.dtype, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+        hidden = _without_ignored(hidden, targets)
+        gradient = HeadGradient(head, hidden, needs)
+        for rows in blocks(hidden):
+            tilts = None if entropy_slopes is None else entropy_slopes[rows]
+            products = head.products(hidden[rows])
+            dz = run.gradient(products, head, targets[rows], measures.at(rows), slopes[rows], tilts)
+            gradient.add(rows, hidden[rows], dz)
+    return _found(gradient, weight, bias)
+
+
+@_linear_logprob_backward.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> list[Tensor]:
+    return _like_found(hidden, weight, bias, others[-1])
+
+
+def _save_for_linear_logprob(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, targets, *ctx.settings = inputs
+    _, entropy, peak, log_sum = output
+    # a copy, because the entropy belongs to the caller, who may write to it
+    ctx.save_for_backward(hidden, weight, bias, targets, entropy.clone(), peak, log_sum)
+    ctx.mark_non_differentiable(peak, log_sum)
+    ctx.set_materialize_grads(False)
+
+
+def _linear_logprob_gradient(
+    ctx: Any, slopes: Tensor | None, entropy_slopes: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("linear_logprob")
+    *inputs, peak, log_sum = ctx.saved_tensors
+    slopes = torch.zeros_like(peak) if slopes is None else slopes
+    needs = ctx.needs_input_grad[:3]
+    found = _linear_logprob_backward(*inputs, peak, log_sum, slopes, entropy_slopes, *ctx.settings, list(needs))
+    return *_by_input(found, needs), *[None] * 5
+
+
+_linear_logprob.register_autograd(_linear_logprob_gradient, setup_context=_save_for_linear_logprob)
 
 
 def linear_ppo_loss(
@@ -87,73 +174,120 @@ def linear_ppo_loss(
     bias: Tensor | None,  # (V,)
     objective: Objective,
     *,
-    temperature: float = 1.0,
+    temperature: float,
+    epilogue: str,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, and its gradient while the logits are at hand: three matrix products, or one if nothing needs it."""
-    # an autograd.Function runs without grad mode, so it could not tell no_grad from inside
-    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias))
-    return _LinearPPOLoss.apply(hidden, weight, bias, targets.long(), objective, temperature, needs)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    loss, statistics, _ = _linear_ppo_loss(
+        hidden,
+        weight,
+        bias,
+        targets.long(),
+        objective.old_logprobs,
+        objective.advantages,
+        objective.ref_logprobs,
+        objective.clip_low,
+        objective.clip_high,
+        objective.dual_clip,
+        objective.kl_coef,
+        objective.kl_estimator,
+        objective.entropy_coef,
+        objective.divisor,
+        temperature,
+        epilogue,
+        needs,
+    )
+    return loss, dict(zip(STATISTICS, statistics.unbind(), strict=True))
 
 
-class _LinearPPOLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        objective: Objective,
-        temperature: float,
-        needs: tuple[bool, bool, bool],
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        with full_precision(hidden.device):
-            head = Head(weight, bias, wide(hidden, weight), temperature=temperature)
-            gradient = HeadGradient(head, hidden, needs) if any(needs) else None
-            logprobs = hidden.new_empty(len(hidden), dtype=head.dtype)
-            entropy = torch.empty_like(logprobs)
-            for rows in blocks(hidden):
-                z = head.logits(hidden[rows])
-                p, logp = z.softmax(-1), z.log_softmax(-1)
-                logprobs[rows] = _at_targets(logp, targets[rows])
-                entropy[rows] = _entropy(p, logp)
-                if gradient is not None:
-                    dz = _objective_gradient(p, logp, targets[rows], logprobs[rows], entropy[rows], objective, rows)
-                    gradient.add(rows, hidden[rows], dz, z)
-        ctx.save_for_backward(*(gradient.result(weight, bias) if gradient is not None else ()))
-        return objective.loss(logprobs, entropy)
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("linear_ppo_loss")
-        return *(None if d is None else d * slope for d in ctx.saved_tensors), None, None, None, None
-
-
-def _at_targets(logp: Tensor, targets: Tensor) -> Tensor:
-    return logp.gather(1, targets[:, None]).squeeze(1)
-
-
-def _entropy(p: Tensor, logp: Tensor) -> Tensor:
-    """-sum p log p, (n,); log p is clamped in place, so that 0 log 0 is 0."""
-    return -torch.linalg.vecdot(p, logp.clamp_(min=LOG_ZERO))
+@torch.library.custom_op("twinhead::linear_ppo_loss", mutates_args=())
+def _linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    kl_coef: float,
+    kl_estimator: str,
+    entropy_coef: float,
+    divisor: Tensor,
+    temperature: float,
+    epilogue: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The loss, its statistics in the order of STATISTICS, and its gradients by hidden, weight and bias, if needed."""
+    tokens, clips = (old_logprobs, advantages, ref_logprobs), (clip_low, clip_high, dual_clip)
+    objective = Objective(*tokens, *clips, kl_coef, kl_estimator, entropy_coef, divisor)
+    run, logprobs, measures = _load(epilogue), *_unmeasured(hidden, weight)
+    with full_precision(hidden.device):
+        head = Head(weight, bias, logprobs.dtype, temperature=temperature)
+        gradient = HeadGradient(head, hidden, needs)
+        for rows in blocks(hidden):
+            block = (head.products(hidden[rows]), head, targets[rows], logprobs[rows], measures.at(rows))
+            if any(needs):
+                gradient.add(rows, hidden[rows], run.learn(*block, objective.at(rows)))
+            else:
+                run.measure(*block)
+    loss, statistics = objective.loss(logprobs, measures.entropy)
+    return loss, torch.stack([statistics[name] for name in STATISTICS]), _found(gradient, weight, bias)
 
 
-def _logprob_gradient(p: Tensor, targets: Tensor, slope: Tensor) -> Tensor:
-    """slope * (onehot(target) - p), (n, V), in the memory of p."""
-    return p.mul_(-slope[:, None]).scatter_add_(1, targets[:, None], slope[:, None])
+@_linear_ppo_loss.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    loss = hidden.new_empty((), dtype=wide(hidden, weight))
+    return loss, loss.new_empty(len(STATISTICS)), _like_found(hidden, weight, bias, others[-1])
 
 
-def _entropy_gradient(p: Tensor, logp: Tensor, entropy: Tensor, slope: Tensor) -> Tensor:
-    """slope * -p (log p + entropy), (n, V), in the memory of log p."""
-    return logp.clamp_(min=LOG_ZERO).add_(entropy[:, None]).mul_(p).mul_(-slope[:, None])
+def _save_for_linear_ppo_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _, statistics, gradients = output
+    ctx.needs = inputs[-1]
+    ctx.save_for_backward(*gradients)
+    ctx.mark_non_differentiable(statistics, *gradients)
 
 
-def _objective_gradient(
-    p: Tensor, logp: Tensor, targets: Tensor, logprobs: Tensor, entropy: Tensor, objective: Objective, rows: slice
-) -> Tensor:
-    """The gradient of the objective by the logits of one block, (n, V), in the memory of p and log p."""
-    from_entropy = None
-    if objective.entropy_coef != 0:
-        from_entropy = _entropy_gradient(p, logp, entropy, objective.entropy_slope(entropy))
-    dz = _logprob_gradient(p, targets, objective.slope(logprobs, rows))
-    return dz if from_entropy is None else dz.add_(from_entropy)
+def _linear_ppo_loss_gradient(ctx: Any, slope: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("linear_ppo_loss")
+    return *_by_input([d * slope for d in ctx.saved_tensors], ctx.needs), *[None] * 14
+
+
+_linear_ppo_loss.register_autograd(_linear_ppo_loss_gradient, setup_context=_save_for_linear_ppo_loss)
+
+
+def _load(epilogue: str) -> Epilogue:
+    return cast(Epilogue, importlib.import_module(epilogue))
+
+
+def _unmeasured(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Measures]:
+    """Memory for log-probs and measures."""
+    dtype = wide(hidden, weight)
+    logprobs, *measures = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(4))
+    return logprobs, Measures(*measures)
+
+
+def _without_ignored(hidden: Tensor, targets: Tensor) -> Tensor:
+    """0 for the states that are left out: a NaN in one would reach the weight's gradient as 0 * NaN."""
+    valid = targets >= 0
+    if valid.device.type == "cpu" and valid.all():  # the usual case, which a GPU would have to sync to see
+        return hidden
+    return hidden.where(valid[:, None], 0)
+
+
+def _found(gradient: HeadGradient, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    return [found for found in gradient.result(weight, bias) if found is not None]
+
+
+def _like_found(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> list[Tensor]:
+    needed = [x for x, needed in zip((hidden, weight, bias), needs, strict=True) if x is not None and needed]
+    return [x.new_empty(x.shape) for x in needed]
+
+
+def _by_input(found: list[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """One entry for each of hidden, weight and bias, from the gradients of those that need one."""
+    gradients = iter(found)
+    return [next(gradients) if needed else None for needed in needs]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import torch
@@ -38,34 +38,41 @@ class Objective:
         if self.kl_coef != 0 and self.ref_logprobs is None:
             raise ValueError(f"{op}: expected ref_logprobs for kl_coef={self.kl_coef}, got None")
 
+    @property
+    def divisor(self) -> Tensor:
+        """What the sums are divided by, 0-dimensional, on the device of the tokens and in their dtype."""
+        divisor = Actions(self.advantages, None).divisor(self.normalizer)
+        if isinstance(divisor, Tensor):
+            return divisor.detach().to(self.advantages)
+        return self.advantages.new_full((), divisor)
+
+    def at(self, rows: slice) -> Objective:
+        """The part of the same objective that one block of rows has."""
+        old_logprobs, advantages = self.old_logprobs[rows], self.advantages[rows]
+        part = replace(self, old_logprobs=old_logprobs, advantages=advantages, normalizer=self.divisor)
+        return part if self.ref_logprobs is None else replace(part, ref_logprobs=self.ref_logprobs[rows])
+
     def loss(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(R,), (R,) -> the loss, 0-dimensional, and its statistics."""
-        actions = Actions(logprobs, None)
-        divisor = actions.divisor(self.normalizer)
-        policy = self._surrogate(logprobs, slice(None))
+        divisor, policy = self.divisor, self._surrogate(logprobs)
         measured = {"pg_loss": policy.loss.sum() / divisor, "entropy": entropy.sum() / divisor}
         loss = measured["pg_loss"] - self.entropy_coef * measured["entropy"]
         if self.ref_logprobs is not None:
             kl = _estimators.estimate(logprobs, self.ref_logprobs, self.kl_estimator)
             measured["ref_kl"] = kl.sum() / divisor
             loss = loss + self.kl_coef * measured["ref_kl"]
-        return loss, statistics(policy, actions, divisor, **measured)
+        return loss, statistics(policy, Actions(logprobs, None), divisor, **measured)
 
-    def slope(self, logprobs: Tensor, rows: slice) -> Tensor:
-        """d loss / d logprobs for the block `rows`, whose log-probs (n,) these are."""
-        slope = self._surrogate(logprobs, rows).slope
+    def slope(self, logprobs: Tensor) -> Tensor:
+        """d loss / d logprobs, (R,)."""
+        slope = self._surrogate(logprobs).slope
         if self.ref_logprobs is not None and self.kl_coef != 0:
-            slope = slope + self.kl_coef * _estimators.slope(logprobs, self.ref_logprobs[rows], self.kl_estimator)
-        return slope / self._divisor
+            slope = slope + self.kl_coef * _estimators.slope(logprobs, self.ref_logprobs, self.kl_estimator)
+        return slope / self.divisor
 
-    def entropy_slope(self, entropy: Tensor) -> Tensor:
-        """d loss / d entropy, the same for every token of `entropy` (n,)."""
-        return torch.full_like(entropy, -self.entropy_coef) / self._divisor
+    def entropy_slope(self, entropy: Tensor) -> Tensor | None:
+        """d loss / d entropy, (R,), the same for every token; None where the entropy has no part in the loss."""
+        return None if self.entropy_coef == 0 else torch.full_like(entropy, -self.entropy_coef) / self.divisor
 
-    @property
-    def _divisor(self) -> Tensor | int:
-        return Actions(self.advantages, None).divisor(self.normalizer)
-
-    def _surrogate(self, logprobs: Tensor, rows: slice) -> Surrogate:
-        old_logprobs, advantages = self.old_logprobs[rows], self.advantages[rows]
-        return surrogate(logprobs, old_logprobs, advantages, self.clip_low, self.clip_high, self.dual_clip)
+    def _surrogate(self, logprobs: Tensor) -> Surrogate:
+        return surrogate(logprobs, self.old_logprobs, self.advantages, self.clip_low, self.clip_high, self.dual_clip)

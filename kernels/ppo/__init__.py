@@ -17,7 +17,7 @@ from torch import Tensor
 from twinhead.kernels._arguments import expect_between, expect_like
 from twinhead.kernels._dispatch import Backends
 
-_BACKENDS = Backends(__name__, torch="reference")
+_BACKENDS = Backends(__name__, triton="gpu", cpu="cpu", torch="reference")
 
 
 def ppo_loss(
@@ -63,11 +63,11 @@ def ppo_loss(
     expect_between(op, 1, inf, dual_clip=dual_clip)
     return _BACKENDS.pick(op, logprobs.device, backend).ppo_loss(
         logprobs,
-        old_logprobs,
-        advantages,
+        old_logprobs.detach(),
+        advantages.detach(),
         values,
-        old_values,
-        returns,
+        old_values.detach(),
+        returns.detach(),
         mask=mask,
         entropy=entropy,
         clip_low=clip_low,

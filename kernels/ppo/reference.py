@@ -30,7 +30,7 @@ def ppo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Tensors of one shape, (R,) or [B, T] -> the loss, 0-dimensional, and its statistics."""
     dtype, actions = wide(logprobs, values), Actions(logprobs, mask)
-    tokens = (logprobs, old_logprobs.detach(), advantages.detach(), values, old_values.detach(), returns.detach())
+    tokens = (logprobs, old_logprobs, advantages, values, old_values, returns)
     logprobs, old_logprobs, advantages, values, old_values, returns = (actions.select(x.to(dtype)) for x in tokens)
     divisor = actions.divisor(normalizer)
 
@@ -54,6 +54,7 @@ def _value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float
     error = (values - returns).square()
     if clip is None:
         return error / 2, torch.zeros_like(error, dtype=torch.bool)
-    clipped_error = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
+    # clamped to two borders, not moved by a clamped step: the step's rounding would look like a clip
+    clipped_error = (values.clamp(old_values - clip, old_values + clip) - returns).square()
     clipped = clipped_error > error
     return torch.where(clipped, clipped_error, error) / 2, clipped

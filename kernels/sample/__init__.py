@@ -16,7 +16,7 @@ from torch import Tensor
 from twinhead.kernels._arguments import expect_between, expect_shape
 from twinhead.kernels._dispatch import Backends
 
-_BACKENDS = Backends(__name__, torch="reference")
+_BACKENDS = Backends(__name__, triton="gpu", cpu="cpu", torch="reference")
 
 
 def sample(

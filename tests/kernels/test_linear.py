@@ -1,22 +1,30 @@
-"""The fused head against logits built as a whole: values, every gradient, memory, work, and what it leaves alone."""
+"""The fused head against logits built as a whole, on every backend: values, gradients, memory, and work."""
 
 from __future__ import annotations
 
+import importlib
 import math
+import re
 from collections.abc import Callable
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from twinhead.kernels import linear_cross_entropy, linear_logprob, linear_ppo_loss
-from twinhead.kernels.linear import reference
+from twinhead.kernels import _C, linear_cross_entropy, linear_logprob, linear_ppo_loss
+from twinhead.kernels._head import Head
+from twinhead.kernels.linear import _BACKENDS, chunked, reference
+from twinhead.kernels.linear.chunked import Measures
 from twinhead.kernels.linear.objective import Objective
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 SIZES = [(0, 31), (1, 2), (7, 1000), (1100, 31), (2, 50257)]  # rows, words
+FEW = 20  # rows for the Triton interpreter, which takes a millisecond for each
 SETTINGS = {
     "plain": {},
     "temperature": {"temperature": 0.7},
@@ -45,7 +53,8 @@ def logprob_and_gradients(function: Callable, inputs: tuple[Tensor, ...], slopes
 @pytest.mark.usefixtures("nan_empty")
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize(("rows", "words"), SIZES)
-def test_blocks_equal_the_whole(rows: int, words: int, settings: dict[str, float]) -> None:
+def test_blocks_equal_the_whole(rows: int, words: int, settings: dict[str, float], backend: str) -> None:
+    rows = min(rows, FEW) if backend == "triton" else rows
     hidden, weight, bias, targets = head(rows, words)
     targets[::3] = -100
     for given, *slopes in product((bias, None), (None, torch.randn(rows)), (None, torch.randn(rows))):
@@ -53,6 +62,13 @@ def test_blocks_equal_the_whole(rows: int, words: int, settings: dict[str, float
             inputs = (hidden, weight, given, targets)
             ours = logprob_and_gradients(linear_logprob, inputs, tuple(slopes), **settings)
             assert_close(ours, logprob_and_gradients(reference.linear_logprob, inputs, tuple(slopes), **settings))
+
+
+@pytest.mark.usefixtures("nan_empty")
+def test_a_large_vocabulary() -> None:
+    inputs, slopes = head(2, 151936), (torch.randn(2), torch.randn(2))
+    ours = logprob_and_gradients(linear_logprob, inputs, slopes, **SETTINGS["everything"])
+    assert_close(ours, logprob_and_gradients(reference.linear_logprob, inputs, slopes, **SETTINGS["everything"]))
 
 
 def test_the_reference_is_what_it_says() -> None:
@@ -66,7 +82,8 @@ def test_the_reference_is_what_it_says() -> None:
     assert_close(entropy, (p * -p.log()).sum(1))
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("backend", ["torch", "cpu"], indirect=True)
+def test_gradcheck(backend: str) -> None:
     hidden, weight, bias, targets = head(6, 9)
     targets[2] = -100
     assert torch.autograd.gradcheck(
@@ -76,8 +93,8 @@ def test_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("learning", list(product((True, False), repeat=3))[:-1])
-def test_what_is_frozen_gets_no_gradient(learning: tuple[bool, ...], watch: Any) -> None:
-    rows, words, width = 600, 31, 5
+def test_what_is_frozen_gets_no_gradient(learning: tuple[bool, ...], watch: Any, backend: str) -> None:
+    rows, words, width = FEW if backend == "triton" else 600, 31, 5
     hidden, weight, bias, targets = head(rows, words)
     for x, learns in zip((hidden, weight, bias), learning, strict=True):
         x.requires_grad_(learns)
@@ -97,8 +114,8 @@ def test_what_is_frozen_gets_no_gradient(learning: tuple[bool, ...], watch: Any)
 
 
 @pytest.mark.parametrize("rows", [2, 60, 2048])
-def test_the_logits_never_exist_and_the_work_is_counted(rows: int, watch: Any) -> None:
-    words, width = 4096, 1
+def test_the_logits_never_exist_and_the_work_is_counted(rows: int, watch: Any, backend: str) -> None:
+    rows, words, width = min(rows, FEW) if backend == "triton" else rows, 4096, 1
     hidden, weight, _, targets = head(rows, words, width, torch.float32)
     constants = (torch.zeros(rows), torch.randn(rows))
     one_product, whole_logits = rows * words * width, rows * words
@@ -107,7 +124,8 @@ def test_the_logits_never_exist_and_the_work_is_counted(rows: int, watch: Any) -
         watch.largest = watch.multiplications = 0
         with watch:
             run()
-        assert watch.largest < whole_logits, "a tensor of rows x words elements was allocated"
+        if backend != "triton":  # its interpreter looks at memory as bytes
+            assert watch.largest < whole_logits, "a tensor of rows x words elements was allocated"
         return watch.multiplications // one_product
 
     def learn(loss: Tensor) -> None:
@@ -123,9 +141,10 @@ def test_the_logits_never_exist_and_the_work_is_counted(rows: int, watch: Any) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_error_is_at_most_twice_torchs(dtype: torch.dtype) -> None:
-    hidden, weight, bias, targets = head(300, 1000, 64, dtype)
-    slopes = (torch.randn(300), torch.randn(300))
+def test_the_error_is_at_most_twice_torchs(dtype: torch.dtype, backend: str) -> None:
+    rows = FEW if backend == "triton" else 300
+    hidden, weight, bias, targets = head(rows, 1000, 64, dtype)
+    slopes = (torch.randn(rows), torch.randn(rows))
 
     def plainly(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
         logp = (hidden @ weight.t() + bias).log_softmax(-1)
@@ -141,18 +160,32 @@ def test_the_error_is_at_most_twice_torchs(dtype: torch.dtype) -> None:
 
 
 def test_autocast_does_not_round_the_logits() -> None:
-    hidden, weight, bias, targets = head(300, 100, 64, torch.float32)
+    hidden, weight, bias, targets = head(FEW, 100, 64, torch.float32)
     expected = linear_logprob(hidden, weight, targets, bias)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(linear_logprob(hidden, weight, targets, bias), expected)
         assert linear_logprob(hidden.bfloat16(), weight, targets, bias).dtype == torch.float32
 
 
-def test_rows_are_independent() -> None:
-    hidden, weight, bias, targets = head(1000, 31, dtype=torch.float32)
+def test_autocast_does_not_round_the_gradients() -> None:
+    hidden, weight, _, targets = head(FEW, 100, 64, torch.float32)
+    inputs = (hidden.detach().bfloat16().requires_grad_(), weight)
+
+    def gradients(autocast: bool) -> tuple[Tensor, ...]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss, _ = linear_ppo_loss(*inputs, targets, torch.zeros(FEW) - 4, torch.ones(FEW))
+        return torch.autograd.grad(loss, inputs)
+
+    assert all(torch.equal(*pair) for pair in zip(gradients(True), gradients(False), strict=True))
+
+
+def test_rows_are_independent(backend: str) -> None:
+    rows = FEW if backend == "triton" else 1000
+    hidden, weight, bias, targets = head(rows, 31, dtype=torch.float32)
     whole = linear_logprob(hidden, weight, targets, bias, return_entropy=True)
-    part = linear_logprob(hidden[300:307], weight, targets[300:307], bias, return_entropy=True)
-    assert_close(part, tuple(x[300:307] for x in whole), rtol=1e-6, atol=1e-6)
+    part = slice(rows // 3, rows // 3 + 5)
+    alone = linear_logprob(hidden[part], weight, targets[part], bias, return_entropy=True)
+    assert_close(alone, tuple(x[part] for x in whole), rtol=1e-6, atol=1e-6)
 
 
 def test_ignored_rows_may_hold_anything() -> None:
@@ -249,7 +282,8 @@ def tokens(rows: int, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tenso
 @pytest.mark.usefixtures("nan_empty")
 @pytest.mark.parametrize("settings", OBJECTIVES.values(), ids=OBJECTIVES)
 @pytest.mark.parametrize(("rows", "words"), SIZES)
-def test_one_pass_equals_autograd(rows: int, words: int, settings: dict[str, Any]) -> None:
+def test_one_pass_equals_autograd(rows: int, words: int, settings: dict[str, Any], backend: str) -> None:
+    rows = min(rows, FEW) if backend == "triton" else rows
     inputs = hidden, weight, bias, targets = head(rows, words)
     old_logprobs, advantages, ref_logprobs = tokens(rows, inputs)
     loss, stats = linear_ppo_loss(
@@ -298,9 +332,10 @@ def test_the_objective_is_what_it_says() -> None:
     assert_close(stats["clipfrac"].item(), clipped / 40)
 
 
-def test_half_precision_gives_a_float32_loss_and_gradients_of_its_own() -> None:
-    inputs = hidden, weight, bias, targets = head(300, 100, 32, torch.bfloat16)
-    old_logprobs, advantages, ref_logprobs = tokens(300, inputs)
+def test_half_precision_gives_a_float32_loss_and_gradients_of_its_own(backend: str) -> None:
+    rows = FEW if backend == "triton" else 300
+    inputs = hidden, weight, bias, targets = head(rows, 100, 32, torch.bfloat16)
+    old_logprobs, advantages, ref_logprobs = tokens(rows, inputs)
     more = {"ref_logprobs": ref_logprobs, "kl_coef": 0.1, "entropy_coef": 0.1}
     loss, _ = linear_ppo_loss(hidden, weight, targets, old_logprobs, advantages, bias=bias, **more)
     ours = torch.autograd.grad(loss, (hidden, weight, bias))
@@ -313,19 +348,141 @@ def test_half_precision_gives_a_float32_loss_and_gradients_of_its_own() -> None:
         assert_close(our.double(), true, rtol=1e-2, atol=1e-6)
 
 
-def test_the_loss_can_be_backpropagated_twice_and_splits_into_micro_batches() -> None:
-    inputs = hidden, weight, _, targets = head(700, 31)
-    old_logprobs, advantages, _ = tokens(700, inputs)
+def test_the_loss_can_be_backpropagated_twice_and_splits_into_micro_batches(backend: str) -> None:
+    whole = FEW if backend == "triton" else 700
+    inputs = hidden, weight, _, targets = head(whole, 31)
+    old_logprobs, advantages, _ = tokens(whole, inputs)
     loss, _ = linear_ppo_loss(hidden, weight, targets, old_logprobs, advantages)
     first = torch.autograd.grad(loss, weight, retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(loss, weight)[0])
     parts = torch.zeros_like(first)
-    for rows in (slice(0, 123), slice(123, 700)):
+    for rows in (slice(0, whole // 6), slice(whole // 6, whole)):
         part, _ = linear_ppo_loss(
-            hidden[rows], weight, targets[rows], old_logprobs[rows], advantages[rows], normalizer=700
+            hidden[rows], weight, targets[rows], old_logprobs[rows], advantages[rows], normalizer=whole
         )
         parts += torch.autograd.grad(part, weight)[0]
     assert_close(parts, first)
+
+
+def test_what_cannot_learn_gives_zeros() -> None:
+    hidden, weight, _, targets = head(12, 31)
+    logprobs = linear_logprob(hidden, weight, targets).detach()
+    advantages = torch.ones(12, dtype=torch.float64)
+    advantages[::3] = 0
+    old_logprobs = logprobs.clone()
+    old_logprobs[1::3] -= 1  # the ratio is e, and clipped
+    loss, _ = linear_ppo_loss(hidden, weight, targets, old_logprobs, advantages)
+    silent = (torch.autograd.grad(loss, hidden)[0] == 0).all(1)
+    assert silent.tolist() == [True, True, False] * 4
+    loss, _ = linear_ppo_loss(hidden, weight, targets, old_logprobs, advantages, entropy_coef=0.1)
+    assert (torch.autograd.grad(loss, hidden)[0] != 0).all()
+
+
+def test_large_logits_keep_their_digits() -> None:
+    torch.manual_seed(0)
+    hidden, targets, slopes = torch.eye(8), torch.arange(8), (torch.randn(8), torch.randn(8))
+    logits = (torch.randn(1000, 8) * 64).round() / 64 + 1e4  # float32 holds them; the products are these
+    learned = logits.clone().requires_grad_()
+    _, _, ours = logprob_and_gradients(linear_logprob, (hidden, learned, None, targets), slopes)
+    exact = logits.double().requires_grad_()
+    *_, truth = logprob_and_gradients(reference.linear_logprob, (hidden.double(), exact, None, targets), slopes)
+    assert_close(ours.double(), truth, rtol=1e-5, atol=1e-7)
+
+
+def test_operators(backend: str) -> None:
+    hidden, weight, bias, targets = head(6, 9)
+    epilogue = _BACKENDS.pick("test", hidden.device, backend).__name__
+    a, b, c, d, e = torch.rand(5, 6, dtype=torch.float64)
+    settings = (0.7, 3.0, 1.0, epilogue)
+    for given in (bias, None):
+        torch.library.opcheck(chunked._linear_logprob, (hidden, weight, given, targets, *settings))
+        needs = [True, False, given is not None]
+        plain = (hidden.detach(), weight.detach(), None if given is None else given.detach(), targets)
+        torch.library.opcheck(chunked._linear_logprob_backward, (*plain, a, b, c, d, e, *settings, needs))
+        objective = (a, b, c, 0.2, 0.2, None, 0.1, "k3", 0.1, torch.tensor(6.0).double(), 0.7)
+        torch.library.opcheck(
+            chunked._linear_ppo_loss, (hidden, weight, given, targets, *objective, epilogue, [True, True, needs[2]])
+        )
+
+
+def test_one_graph_holds_the_head() -> None:
+    inputs = hidden, weight, bias, targets = head(12, 31)
+    old_logprobs, advantages, _ = tokens(12, inputs)
+
+    def loss_and_gradients(compiler: Callable[[Callable], Callable]) -> list[Tensor]:
+        def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            logprobs, entropy = linear_logprob(hidden, weight, targets, bias, return_entropy=True, temperature=0.7)
+            ppo, stats = linear_ppo_loss(hidden, weight, targets, old_logprobs, advantages, bias=bias)
+            return (logprobs + 0.1 * entropy).sum() + ppo + stats["ratio_mean"]
+
+        total = compiler(loss)(hidden, weight, bias)
+        return [total, *torch.autograd.grad(total, (hidden, weight, bias))]
+
+    compiled = loss_and_gradients(lambda loss: torch.compile(loss, fullgraph=True, backend="aot_eager"))
+    assert_close(compiled, loss_and_gradients(lambda loss: loss))
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_a_gpu_moves_whole_groups_and_multiplies_in_half_precision(backend: str) -> None:
+    """Products with a gap behind every row, and a matrix in bfloat16, which on the CPU would be widened."""
+    eager, gpu = (importlib.import_module(f"twinhead.kernels.linear.{name}") for name in ("eager", "gpu"))
+    hidden, weight, _, targets = head(6, 4099, dtype=torch.float32)
+    products, targets[1], per_row = (hidden @ weight.t()).detach(), -1, torch.randn(2, 6)
+    objective = Objective(-8 + per_row[0], per_row[1], None, 0.2, 0.2, None, 0.0, "k1", 0.1, None)
+
+    def everything(epilogue: Any, products: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        known = Head(weight, None, torch.float32, softcap=3.0)
+        known.weight = weight.to(dtype)
+        logprobs, *measures = torch.empty(4, 6)
+        epilogue.measure(products.clone(), known, targets, logprobs, Measures(*measures))
+        dz = epilogue.gradient(products.clone(), known, targets, Measures(*measures), *per_row)
+        rows = (targets.clamp(min=0), logprobs, Measures(*measures))
+        learned = epilogue.learn(products.clone(), known, *rows, objective)
+        assert dz.dtype == learned.dtype == dtype
+        return [logprobs.clone(), dz.float(), learned.float()]
+
+    apart = torch.full((6, 4112), math.nan)[:, :4099]
+    for dtype, digits in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        ours = everything(gpu, apart.copy_(products), dtype)
+        assert_close(ours, everything(eager, products, torch.float32), rtol=digits, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_threads_change_nothing(backend: str) -> None:
+    hidden, weight, bias, targets = head(600, 100, dtype=torch.float32)
+    cpu = importlib.import_module("twinhead.kernels.linear.cpu")
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        products, measures = (hidden @ weight.t()).detach(), torch.empty(4, 600)
+        known = Head(weight, bias, torch.float32, softcap=3.0)
+        cpu.measure(products, known, targets, measures[0], Measures(*measures[1:]))
+        dz = cpu.gradient(products, known, targets, Measures(*measures[1:]), measures[0], measures[1])
+        found.append((measures, dz))
+    torch.set_num_threads(1)
+    assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize(
+    ("sentence", "change"),
+    [
+        ("products (n, V), got 1 dimensions", {"products": np.zeros(15)}),
+        ("targets of length 3, got 2", {"targets": np.zeros(2, np.int64)}),
+        ("targets below 5, got 5", {"targets": np.array([0, 5, 0])}),
+        ("bias of length 5, got 3", {"bias": np.zeros(3)}),
+        ("logprobs of length 3, got 4", {"logprobs": np.zeros(4)}),
+        ("log_sum of length 3, got 2", {"log_sum": np.zeros(2)}),
+        ("threads >= 1, got 0", {"threads": 0}),
+    ],
+)
+def test_the_extension_refuses(sentence: str, change: dict[str, Any], backend: str) -> None:
+    arrays = {name: np.zeros(3) for name in ("logprobs", "entropy", "peak", "log_sum")}
+    settings = {"bias": None, "scale": 1.0, "softcap": math.inf, "temperature": 1.0, "threads": 1}
+    block = {"products": np.zeros((3, 5)), "targets": np.zeros(3, np.int64)}
+    _C.linear_measure(**block, **settings, **arrays)
+    with pytest.raises(ValueError, match=f"linear: expected {re.escape(sentence)}"):
+        _C.linear_measure(**(block | settings | arrays | change))
 
 
 HIDDEN, WEIGHT, TARGETS, TOKENS = (
