@@ -6,21 +6,37 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import cases, chart
+from benchmarks.contender import COMPILED, EAGER, OURS
+from benchmarks.kernels import duration
+from benchmarks.providers import OPS
 from benchmarks.quality import fall
+
+UNMEASURED = "not yet measured on GPU"
 
 
 def main(readme: Path, results: Path) -> None:
-    """Replace the text between `<!-- NAME table -->` and `<!-- /NAME table -->` for every result that exists."""
+    """Replace the text between `<!-- NAME table -->` and `<!-- /NAME table -->` for every result that exists.
+
+    The kernels' pictures are drawn again too: a GPU machine may have been without matplotlib. Raises ValueError if a
+    result has no place in the README.
+    """
     text = readme.read_text(encoding="utf-8")
-    for name, table in (("demo", demo), ("quality", quality)):
-        path = results / f"{name}.json"
-        if path.is_file():
-            lines = table(json.loads(path.read_text(encoding="utf-8")))
-            start, end = f"<!-- {name} table -->", f"<!-- /{name} table -->"
-            before, _, rest = text.partition(start)
-            _, _, after = rest.partition(end)
-            text = "\n".join([before + start, *lines, end]) + after
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
+    tables = {name: table(found[name]) for name, table in (("demo", demo), ("quality", quality)) if name in found}
+    measured = {device: found.get(f"kernels_{device}") for device in ("cpu", "cuda")}
+    if any(measured.values()):
+        tables["kernels"] = kernels(measured)
+    for name, lines in tables.items():
+        start, end = f"<!-- {name} table -->", f"<!-- /{name} table -->"
+        if start not in text or end not in text:
+            raise ValueError(f"expected {start} and {end} in {readme}, where the table of {results} goes")
+        before, _, rest = text.partition(start)
+        _, _, after = rest.partition(end)
+        text = "\n".join([before + start, *lines, end]) + after
     readme.write_text(text, encoding="utf-8")
+    for part in filter(None, measured.values()):
+        chart.main(part, results)
 
 
 def demo(results: dict[str, Any]) -> list[str]:
@@ -64,3 +80,45 @@ def quality(results: dict[str, Any]) -> list[str]:
 def _row(name: str, seed: str, accuracy: float, point: dict[str, float]) -> str:
     numbers = " | ".join(f"{point[key]:.2f}" for key in ("win_rate", "gold", "proxy", "kl", "eos_rate"))
     return f"| {name} | {seed} | {accuracy:.2f} | {point['step']} | {numbers} |"
+
+
+def kernels(measured: dict[str, dict[str, Any] | None]) -> list[str]:
+    """One row per case: ours beside eager, torch.compile and the fastest other; what was not measured says so."""
+    lines = [
+        "| function | case | ours | of the limit | eager | torch.compile | fastest other | memory, ours / eager |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    notes = []
+    for device, found in measured.items():
+        if found is None:
+            first = {case.op: case.title for case in reversed(cases.cases(device))}
+            lines += [f"| `{op}` | {first[op]} | {UNMEASURED} | | | | | |" for op in OPS]
+            continue
+        lines += [_kernel(case) for case in sorted(found["cases"], key=lambda case: OPS.index(case["op"]))]
+        machine, versions = found["machine"], found["versions"]
+        where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+        shrunk = " Small shapes: these show that everything runs, and measure nothing." * found["quick"]
+        notes.append(f"{where}, torch {versions['torch']}, commit {found['commit']}, {found['date']}.{shrunk}")
+    return [*lines, "", *notes]
+
+
+def _kernel(case: dict[str, Any]) -> str:
+    timed = {row["provider"]: row for row in case["rows"] if "milliseconds" in row}
+    ours = next((timed[OURS[backend]] for backend in ("triton", "cpu", "torch") if OURS[backend] in timed), None)
+    peers = [row for name, row in timed.items() if name not in (EAGER, COMPILED, *OURS.values())]
+    best = min(peers, key=lambda row: row["milliseconds"], default=None)
+    memory = " / ".join(_mebibytes(row) for row in (ours, timed.get(EAGER)))
+    cells = [
+        f"`{case['op']}`", case["title"], f"**{_time(ours)}**", f"{ours['of_limit']:.0%}" if ours else "–",
+        _time(timed.get(EAGER)), _time(timed.get(COMPILED)),
+        f"{_time(best)} ({best['provider']})" if best else "–", f"{memory} MiB",
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def _time(row: dict[str, Any] | None) -> str:
+    return duration(row["milliseconds"]) if row else "–"
+
+
+def _mebibytes(row: dict[str, Any] | None) -> str:
+    return "–" if row is None or row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
