@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tests.models import classifier, ids, model
+from tests.watch import Watch
 from twinhead.engine import ppo, reward, sft
 from twinhead.engine.batch import Example, pack
 from twinhead.engine.data import Comparison
@@ -111,21 +110,6 @@ def test_the_micro_batch_size_changes_no_gradient(update: Update, tokens_per_mic
     assert remeasured == pytest.approx(measured, rel=1e-4, abs=1e-5)
 
 
-class LargestTensor(TorchDispatchMode):
-    """The most elements that any tensor had which an operation returned, forward or backward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel, self.seen = 0, set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self.numel = max(self.numel, *sizes, 0)
-        self.seen.add(func.overloadpacket)
-        return result
-
-
 VOCABULARY, PROMPT, RESPONSE, ROWS = 1000, 2, 52, 30
 
 
@@ -143,11 +127,11 @@ def test_fine_tuning_never_builds_the_logits(architecture: str) -> None:
     trained = policy(architecture, "none", vocab_size=VOCABULARY)
     config = sft.Config(model="m", data="d")
     optimizer = Optimizer(trained, config, 1)
-    with LargestTensor() as largest:
+    with Watch() as watch:
         sft.update(trained, optimizer, batch, config)
         perplexity(trained, batch)
-    assert {torch.ops.aten.embedding_dense_backward, torch.ops.aten._fused_adamw_} <= largest.seen
-    assert VOCABULARY * 32 < largest.numel < num_logits
+    assert {torch.ops.aten.embedding_dense_backward, torch.ops.aten._fused_adamw_} <= watch.seen
+    assert VOCABULARY * 32 < watch.largest < num_logits
 
 
 @pytest.mark.parametrize("critic", ["shared", "detached"])
@@ -158,16 +142,16 @@ def test_ppo_never_builds_the_logits(critic: str) -> None:
     rollouts = generate(trained, ids([PROMPT] * ROWS), Sampling(max_new_tokens=RESPONSE, stop=()))
     config = ppo.Config(model="m", prompts="p", steps=1, minibatches=1, epochs=2, rollouts_per_step=ROWS)
     optimizer = Optimizer(trained, config, 2)
-    with LargestTensor() as largest:
+    with Watch() as watch:
         batch, _ = ppo.examine(trained, reference, rollouts, torch.linspace(-1, 1, ROWS), 0.1, config, 0)
         ppo.update(trained, optimizer, batch, None, config, random.Random(0))
-    assert {torch.ops.aten.embedding_dense_backward, torch.ops.aten._fused_adamw_} <= largest.seen
-    assert VOCABULARY * 32 < largest.numel < num_logits
+    assert {torch.ops.aten.embedding_dense_backward, torch.ops.aten._fused_adamw_} <= watch.seen
+    assert VOCABULARY * 32 < watch.largest < num_logits
 
 
 def test_logits_that_are_built_are_seen() -> None:
     batch, num_logits = long_examples()
     trained, packed = policy(vocab_size=VOCABULARY), pack(batch)
-    with LargestTensor() as largest:
+    with Watch() as watch:
         trained.logits(trained.hidden(packed)[packed.rows])
-    assert largest.numel == num_logits
+    assert watch.largest == num_logits
