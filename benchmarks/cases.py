@@ -70,21 +70,31 @@ def cases(device: str, quick: bool = False) -> list[Case]:
     """The cases of a device. `quick` has the same ones on shapes that show that everything runs, and nothing else."""
     small = 8 if quick else 1
     rows, words = {"cpu": (1024, 32000), "cuda": (8192, 151936)}[device]
-    width = {"cpu": 512, "cuda": 4096}[device]
-    sequences, drawn = 256 // small, 64 // small
+    head_rows, width = {"cpu": (2048, 512), "cuda": (8192, 4096)}[device]
     others = {"cpu": (4096, 32000), "cuda": (8192, 50257)}[device]  # rows of 50257 halves do not start at 16 bytes
+    dtype = {"cpu": torch.float32, "cuda": torch.bfloat16}[device]
     return [
-        *_logits(rows // small, words // small, device),
-        *_heads((2048 if device == "cpu" else rows) // small, width // small, words // small, device),
-        *_tokens(sequences, 256 // small),
-        *_divergences(rows // small, words // small, device),
-        *_sampling(drawn, words // small, device),
-        *_logits(others[0] // small, others[1] // small, device),
+        *every_operation(
+            rows // small, words // small, head_rows // small, width // small, 256 // small, 64 // small, dtype
+        ),
+        *_logits(others[0] // small, others[1] // small, dtype),
     ]
 
 
-def _logits(rows: int, words: int, device: str) -> list[Case]:
-    dtype = _dtype(device)
+def every_operation(
+    rows: int, words: int, head_rows: int, width: int, sequences: int, drawn: int, dtype: torch.dtype
+) -> list[Case]:
+    """A few cases of each operation on logits (rows, words), heads (head_rows, width, words), and so on."""
+    return [
+        *_logits(rows, words, dtype),
+        *_heads(head_rows, width, words, dtype),
+        *_tokens(sequences, sequences),
+        *_divergences(rows, words, dtype),
+        *_sampling(drawn, words, dtype),
+    ]
+
+
+def _logits(rows: int, words: int, dtype: torch.dtype) -> list[Case]:
     found = []
     for op, num_outputs in (("selective_log_softmax", 1), ("selective_log_softmax_and_entropy", 2)):
         for backward in (False, True):
@@ -94,8 +104,8 @@ def _logits(rows: int, words: int, device: str) -> list[Case]:
     return found
 
 
-def _heads(rows: int, width: int, words: int, device: str) -> list[Case]:
-    dtype, shape = _dtype(device), (rows, width, words)
+def _heads(rows: int, width: int, words: int, dtype: torch.dtype) -> list[Case]:
+    shape = (rows, width, words)
     forward, backward = _title(False, dtype, *shape), _title(True, dtype, *shape)
     head, loss, pair = partial(heads, *shape, dtype), partial(losses, *shape, dtype), partial(pairs, *shape, dtype)
     return [
@@ -107,9 +117,8 @@ def _heads(rows: int, width: int, words: int, device: str) -> list[Case]:
     ]
 
 
-def _divergences(rows: int, words: int, device: str) -> list[Case]:
-    dtype, both = _dtype(device), ["logits", "ref_logits"]
-    found = []
+def _divergences(rows: int, words: int, dtype: torch.dtype) -> list[Case]:
+    both, found = ["logits", "ref_logits"], []
     for backward, limit in ((False, partial(read, both)), (True, partial(read_read_write, both))):
         make = partial(two_logits, rows, words, dtype, backward)
         found.append(Case("full_kl", _title(backward, dtype, rows, words), make, limit))
@@ -129,8 +138,8 @@ def _tokens(sequences: int, mean: int) -> list[Case]:
     ]  # fmt: skip
 
 
-def _sampling(rows: int, words: int, device: str) -> list[Case]:
-    dtype, found = _dtype(device), []
+def _sampling(rows: int, words: int, dtype: torch.dtype) -> list[Case]:
+    found = []
     for filters in ({}, {"top_k": 50, "top_p": 0.9}):
         written = "".join(f", {name} {value}" for name, value in filters.items())
         title = _title(False, dtype, rows, words).replace(", forward", written)
@@ -296,10 +305,6 @@ def _copies(given: list[Tensor]) -> Run:
 
 
 # parts ------------------------------------------------------------------------------------------------------------
-
-
-def _dtype(device: str) -> torch.dtype:
-    return {"cpu": torch.float32, "cuda": torch.bfloat16}[device]
 
 
 def _title(backward: bool, dtype: torch.dtype, *shape: int) -> str:
