@@ -1,6 +1,7 @@
 # `make test` and `make demo` do all their own set-up in .venv; the first call takes minutes, the second none.
 #   make test TESTS=tests/kernels    a selection           make test VENV=    the active environment, without network
 #   make demo QUICK=1                the short form        make test PYTHON=python3.12    the interpreter of .venv
+#   make peers                       the packages to compare with, in .peers: with them `make test` also runs TRL's trainer
 
 VENV    ?= .venv
 PYTHON  ?= python3
@@ -11,13 +12,16 @@ BIN     := $(if $(VENV),$(VENV)/bin/)
 STAMP   := $(or $(VENV),build)/.installed
 SOURCES := $(wildcard csrc/*)
 
-.PHONY: test demo clean
+.PHONY: test demo peers clean
 
 test: $(STAMP)
 	$(BIN)pytest -n $(WORKERS) --dist worksteal $(TESTS)
 
 demo: $(STAMP)
 	$(BIN)twinhead demo $(if $(QUICK),--quick)
+
+peers: $(STAMP)
+	$(BIN)python3 -m benchmarks peers
 
 clean:
 	rm -rf .venv build *.egg-info kernels/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
