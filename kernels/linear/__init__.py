@@ -109,6 +109,8 @@ def linear_ppo_loss(
     temperature: float = 1.0,
     normalizer: Tensor | int | None = None,
     bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
     backend: str | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The PPO policy loss straight from hidden states; loss and gradient in one pass over the logits.
@@ -117,8 +119,9 @@ def linear_ppo_loss(
            - entropy_coef * entropy] / normalizer,   r = exp(logprobs - old_logprobs)    (arXiv 1707.06347, eq. 7 and 9)
 
     with at most -dual_clip * A where A < 0, if `dual_clip` is given (arXiv 1912.09729, eq. 5). hidden (..., D), weight
-    (V, D), targets, old_logprobs, advantages and ref_logprobs all (...), bias (V,). `normalizer` is the token count of
-    the whole optimizer step; by default that of this call. The log-ratio is limited to [-20, 20] before exp.
+    (V, D), targets, old_logprobs, advantages and ref_logprobs all (...), bias (V,); `temperature`, `softcap` and
+    `logit_scale` as in linear_logprob. `normalizer` is the token count of the whole optimizer step; by default that of
+    this call. The log-ratio is limited to [-20, 20] before exp.
 
     Returns (loss, stats): a 0-dimensional loss, differentiable once to hidden, weight and bias, and 0-dimensional
     statistics on the same device, sums over the tokens by `normalizer` (they add up over micro-batches): pg_loss (the
@@ -132,22 +135,18 @@ def linear_ppo_loss(
     op = "linear_ppo_loss"
     _expect_head(op, hidden, weight, targets, bias)
     expect_like(op, "targets", targets, old_logprobs=old_logprobs, advantages=advantages, ref_logprobs=ref_logprobs)
-    expect_positive(op, temperature=temperature)
+    expect_positive(op, temperature=temperature, softcap=softcap)
     objective = Objective(
         _tokens(old_logprobs, hidden, weight),
         _tokens(advantages, hidden, weight),
         None if ref_logprobs is None else _tokens(ref_logprobs, hidden, weight),
-        clip_low,
-        clip_high,
-        dual_clip,
-        kl_coef,
-        kl_estimator,
-        entropy_coef,
-        normalizer,
-    )
-    rows, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    epilogue = _BACKENDS.pick(op, hidden.device, backend).__name__
-    return chunked.linear_ppo_loss(rows, weight, targets, bias, objective, temperature=temperature, epilogue=epilogue)
+        clip_low, clip_high, dual_clip, kl_coef, kl_estimator, entropy_coef, normalizer,
+    )  # fmt: skip
+    return chunked.linear_ppo_loss(
+        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), bias, objective,
+        temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+        epilogue=_BACKENDS.pick(op, hidden.device, backend).__name__,
+    )  # fmt: skip
 
 
 def _tokens(constant: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:

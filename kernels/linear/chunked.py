@@ -175,6 +175,8 @@ def linear_ppo_loss(
     objective: Objective,
     *,
     temperature: float,
+    softcap: float | None,
+    logit_scale: float,
     epilogue: str,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, and its gradient while the logits are at hand: three matrix products, or one if nothing needs it."""
@@ -195,6 +197,8 @@ def linear_ppo_loss(
         objective.entropy_coef,
         objective.divisor,
         temperature,
+        softcap,
+        logit_scale,
         epilogue,
         needs,
     )
@@ -218,6 +222,8 @@ def _linear_ppo_loss(
     entropy_coef: float,
     divisor: Tensor,
     temperature: float,
+    softcap: float | None,
+    logit_scale: float,
     epilogue: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -226,7 +232,7 @@ def _linear_ppo_loss(
     objective = Objective(*tokens, *clips, kl_coef, kl_estimator, entropy_coef, divisor)
     run, logprobs, measures = _load(epilogue), *_unmeasured(hidden, weight)
     with full_precision(hidden.device):
-        head = Head(weight, bias, logprobs.dtype, temperature=temperature)
+        head = Head(weight, bias, logprobs.dtype, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
         gradient = HeadGradient(head, hidden, needs)
         for rows in blocks(hidden):
             block = (head.products(hidden[rows]), head, targets[rows], logprobs[rows], measures.at(rows))
@@ -253,7 +259,7 @@ def _save_for_linear_ppo_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[A
 
 def _linear_ppo_loss_gradient(ctx: Any, slope: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_second_derivative("linear_ppo_loss")
-    return *_by_input([d * slope for d in ctx.saved_tensors], ctx.needs), *[None] * 14
+    return *_by_input([d * slope for d in ctx.saved_tensors], ctx.needs), *[None] * 16
 
 
 _linear_ppo_loss.register_autograd(_linear_ppo_loss_gradient, setup_context=_save_for_linear_ppo_loss)

@@ -44,8 +44,13 @@ def linear_ppo_loss(
     objective: Objective,
     *,
     temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective of the log-probs and entropies, and its statistics."""
-    logprobs, entropy = linear_logprob(hidden, weight, targets, bias, temperature=temperature, return_entropy=True)
+    logprobs, entropy = linear_logprob(
+        hidden, weight, targets, bias,
+        temperature=temperature, softcap=softcap, logit_scale=logit_scale, return_entropy=True,
+    )  # fmt: skip
     assert entropy is not None, "linear_logprob was asked for the entropy"
     return objective.loss(logprobs, entropy)

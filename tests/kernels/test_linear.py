@@ -266,6 +266,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "k2": {"kl_coef": 0.1, "kl_estimator": "k2"},
     "k3": {"kl_coef": 0.1, "temperature": 0.7},
     "entropy": {"entropy_coef": 0.05, "normalizer": 3},
+    "softcap": {"softcap": 2.0, "logit_scale": 1.5, "temperature": 0.8},
     "everything": {"kl_coef": 0.2, "entropy_coef": 0.1, "dual_clip": 2.0, "normalizer": torch.tensor(11)},
 }
 
@@ -290,13 +291,11 @@ def test_one_pass_equals_autograd(rows: int, words: int, settings: dict[str, Any
         hidden, weight, targets, old_logprobs, advantages, ref_logprobs=ref_logprobs, bias=bias, **settings
     )
     defaults = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "kl_coef": 0.0, "kl_estimator": "k3"}
-    defaults |= {"entropy_coef": 0.0, "normalizer": None, "temperature": 1.0}
-    chosen = defaults | settings
-    temperature = chosen.pop("temperature")
+    defaults |= {"entropy_coef": 0.0, "normalizer": None}
+    shape = {name: settings[name] for name in ("softcap", "logit_scale", "temperature") if name in settings}
+    chosen = {name: value for name, value in (defaults | settings).items() if name not in shape}
     objective = Objective(old_logprobs, advantages, ref_logprobs, **chosen)
-    expected, expected_stats = reference.linear_ppo_loss(
-        hidden, weight, targets, bias, objective, temperature=temperature
-    )
+    expected, expected_stats = reference.linear_ppo_loss(hidden, weight, targets, bias, objective, **shape)
     assert_close(loss, expected)
     assert_close(stats, expected_stats)
     gradients = torch.autograd.grad(3 * loss, (hidden, weight, bias))
@@ -399,7 +398,7 @@ def test_operators(backend: str) -> None:
         needs = [True, False, given is not None]
         plain = (hidden.detach(), weight.detach(), None if given is None else given.detach(), targets)
         torch.library.opcheck(chunked._linear_logprob_backward, (*plain, a, b, c, d, e, *settings, needs))
-        objective = (a, b, c, 0.2, 0.2, None, 0.1, "k3", 0.1, torch.tensor(6.0).double(), 0.7)
+        objective = (a, b, c, 0.2, 0.2, None, 0.1, "k3", 0.1, torch.tensor(6.0).double(), *settings[:3])
         torch.library.opcheck(
             chunked._linear_ppo_loss, (hidden, weight, given, targets, *objective, epilogue, [True, True, needs[2]])
         )
