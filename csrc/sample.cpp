@@ -1,11 +1,13 @@
 // Inverse-transform sampling. Without a filter one pass over the row sums the weights block by block, relative to the
-// largest logit so far, and a second touch of one block finds the word. The filters keep what lies above a threshold,
-// which is searched by halving an interval of logits; only the words within the interval are looked at again.
+// largest logit so far, and a second touch of one block finds the word. A filter keeps the first so many words, in
+// falling order of the logits. Where these end is found by halving an interval of logits, each time in one pass over the
+// row, until few words lie in it; only those are put in order.
 #include "sample.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 namespace twinhead {
@@ -13,9 +15,9 @@ namespace twinhead {
 namespace {
 
 constexpr std::int64_t kBlock = 512;  // words whose weights are summed in the precision of the logits
-constexpr std::int64_t kLine = 32;    // words that are stepped over together on the way to the drawn one
-constexpr int kHalvings = 10;         // of an interval, before the words within it are gathered,
-constexpr std::int64_t kFew = 128;    // or as soon as one in so many is left
+constexpr std::int64_t kLine = 32;    // words that are stepped over together
+constexpr std::int64_t kFew = 128;    // words that are put in order at once
+constexpr int kHalvings = 14;         // of an interval that is to hold no more of them; equals cannot be parted
 
 template <typename Real>
 struct Block {
@@ -24,21 +26,23 @@ struct Block {
 };
 
 template <typename Real>
-struct Words {
-  const Real* logits;
-  const Real* weights;
-  std::int64_t size;
+struct Word {
+  Real logit, weight;
+  std::int64_t place;
 };
 
-// Words that were picked out of others, in the same order, and the places where they stood.
+// Falling order of the logits, and of equal ones the rising order of the places.
 template <typename Real>
-struct Gathered {
-  std::vector<Real> logits, weights;
-  std::vector<std::int64_t> places;
+bool ahead(const Word<Real>& a, const Word<Real>& b) {
+  return a.logit > b.logit || (a.logit == b.logit && a.place < b.place);
+}
 
-  Words<Real> words() const {
-    return {logits.data(), weights.data(), static_cast<std::int64_t>(logits.size())};
-  }
+template <typename Real>
+struct Row {
+  const Real* x;
+  const Real* weights;
+  std::int64_t size;
+  Real peak, scale;
 };
 
 // The memory of one thread, kept from call to call.
@@ -47,9 +51,7 @@ struct Scratch {
   std::vector<Block<Real>> blocks;
   std::vector<double> cumulative;  // over blocks
   std::vector<Real> logits, weights;
-  std::vector<std::uint8_t> inside;
-  std::vector<std::int64_t> found;
-  Gathered<Real> ranked, near, nearer;
+  std::vector<Word<Real>> words;
 };
 
 // The vector's memory, which only ever grows.
@@ -59,16 +61,16 @@ T* at_least(std::vector<T>& vector, std::int64_t size) {
   return vector.data();
 }
 
-// What a filter keeps: every word at or above `lowest` up to the place `last`, and at or above `higher` after it.
-template <typename Real>
-struct Kept {
-  Real lowest, higher;
-  std::int64_t last;
-};
-
 struct Measure {
   double mass;
   std::int64_t count;
+};
+
+// What a filter keeps: every word that is not behind `last`, and how much that is.
+template <typename Real>
+struct Kept {
+  Word<Real> last;
+  Measure measure;
 };
 
 template <typename T>
@@ -173,136 +175,78 @@ TWINHEAD_CLONES Measure measure(const Real* __restrict x, const Real* __restrict
   return total;
 }
 
-// Writes the places of the words with lowest <= x < ceiling and returns their number; inside: a byte for each word.
+// Collects the words with lowest <= x < ceiling.
 template <typename Real>
-TWINHEAD_CLONES std::int64_t find_between(const Real* __restrict x, std::int64_t size, Real lowest, Real ceiling,
-                                          std::uint8_t* __restrict inside, std::int64_t* __restrict found) {
-#pragma omp simd
-  for (std::int64_t i = 0; i < size; ++i) inside[i] = (x[i] >= lowest) & (x[i] < ceiling);
+TWINHEAD_CLONES void collect(const Real* __restrict x, const Real* __restrict weights, std::int64_t size, Real lowest,
+                             Real ceiling, std::vector<Word<Real>>& words) {
   std::int64_t count = 0;
-  constexpr std::int64_t kTogether = sizeof(std::uint64_t);
-  for (std::int64_t begin = 0; begin < size; begin += kTogether) {
-    const std::int64_t length = size - begin < kTogether ? size - begin : kTogether;
-    std::uint64_t any = 0;
-    std::memcpy(&any, inside + begin, length);
+  for (std::int64_t begin = 0; begin < size; begin += kLine) {
+    const std::int64_t end = size - begin < kLine ? size : begin + kLine;
+    int any = 0;
+#pragma omp simd reduction(| : any)
+    for (std::int64_t i = begin; i < end; ++i) any |= (x[i] >= lowest) & (x[i] < ceiling);
     if (!any) continue;
-    for (std::int64_t i = begin; i < begin + length; ++i) {
-      found[count] = i;
-      count += inside[i];
+    words.resize(count + kLine);
+    for (std::int64_t i = begin; i < end; ++i) {
+      words[count] = {x[i], weights[i], i};
+      count += (x[i] >= lowest) & (x[i] < ceiling);
     }
   }
-  return count;
+  words.resize(count);
 }
 
-template <typename Real>
-void gather(const Words<Real>& words, Real lowest, Real ceiling, Scratch<Real>& scratch, Gathered<Real>& to) {
-  std::int64_t* found = at_least(scratch.found, words.size);
-  const std::int64_t count =
-      find_between(words.logits, words.size, lowest, ceiling, at_least(scratch.inside, words.size), found);
-  to.logits.resize(count);
-  to.weights.resize(count);
-  to.places.resize(count);
-  for (std::int64_t i = 0; i < count; ++i) {
-    to.logits[i] = words.logits[found[i]];
-    to.weights[i] = words.weights[found[i]];
-    to.places[i] = found[i];
-  }
-}
-
-// An interval of logits, lowest <= x < ceiling, in which the last word lies whose mass or rank a filter still keeps.
-template <typename Real>
-struct Interval {
-  Real lowest, ceiling;
-  Real top;      // a finite number that nothing below the ceiling exceeds
-  Real step;     // how far below the top the next guess lies, as long as there is no lowest
-  double above;  // the measure of everything from the ceiling upwards
-
-  // Above the lowest, and below the ceiling unless no number is left between the two.
-  Real pivot() {
-    if (lowest == -std::numeric_limits<Real>::infinity()) {
-      const Real guess = top - step;
-      step *= 4;
-      return guess;
-    }
-    const Real middle = lowest / 2 + top / 2;
-    return middle > lowest ? middle : top;
-  }
-};
-
-// Which of the filters' two questions: the words that hold a mass, or so many words?
-enum class Unit { kMass, kCount };
-
-// Halves the interval until few of the words are left in it; `base` is the measure of what ranks above all of them.
-template <typename Real>
-void halve(const Words<Real>& words, Unit unit, double wanted, double base, Interval<Real>& interval) {
-  std::int64_t from_lowest = words.size, from_ceiling = 0;
-  for (int i = 0; i < kHalvings && (from_lowest - from_ceiling) * kFew > words.size; ++i) {
-    const Real pivot = interval.pivot();
-    if (pivot >= interval.ceiling) return;
-    const Measure part = measure(words.logits, words.weights, words.size, pivot);
-    const double reached = base + (unit == Unit::kMass ? part.mass : static_cast<double>(part.count));
-    if (reached >= wanted) {
-      interval.lowest = pivot;
-      from_lowest = part.count;
+// The fewest of the words, from the likeliest downwards, whose measure is enough; that of `limit` must be.
+template <typename Real, typename Enough>
+Kept<Real> fewest(const Row<Real>& row, const Kept<Real>& limit, Enough enough, std::vector<Word<Real>>& words) {
+  Real lowest = limit.last.logit, ceiling = std::numeric_limits<Real>::infinity(), top = row.peak, step = 4 / row.scale;
+  std::int64_t left = limit.measure.count;
+  Measure above{0, 0};  // of everything from the ceiling upwards
+  for (int i = 0; i < kHalvings && left > kFew; ++i) {
+    const Real pivot = std::max(top - step, lowest / 2 + top / 2);
+    if (!(pivot > lowest && pivot < ceiling)) break;
+    const Measure part = measure(row.x, row.weights, row.size, pivot);
+    if (enough(part)) {
+      left = part.count - above.count;
+      lowest = pivot;
     } else {
-      interval.ceiling = interval.top = pivot;
-      interval.above = reached;
-      from_ceiling = part.count;
+      left -= part.count - above.count;
+      ceiling = top = pivot;
+      above = part;
+    }
+    step *= 2;
+  }
+  collect(row.x, row.weights, row.size, lowest, ceiling, words);
+  if (words.empty()) return limit;  // a rounding error short of everything
+  auto begin = words.begin(), end = words.end();
+  const auto with = [](Measure sum, const Word<Real>& word) { return Measure{sum.mass + word.weight, sum.count + 1}; };
+  while (end - begin > 1) {
+    const auto middle = begin + (end - begin) / 2;
+    std::nth_element(begin, middle, end, ahead<Real>);
+    const Measure upper = std::accumulate(begin, middle, above, with);
+    if (enough(upper)) {
+      end = middle;
+    } else {
+      begin = middle;
+      above = upper;
     }
   }
+  return {*begin, with(above, *begin)};
 }
 
-// The shortest prefix, in falling order of the logits and rising order of the places, that reaches what is wanted.
+// top-k, then top-p of what that keeps, then min-p of what that keeps.
 template <typename Real>
-Kept<Real> reach(const Words<Real>& words, Real peak, Real step, Unit unit, double wanted, Scratch<Real>& scratch) {
-  constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
-  Interval<Real> interval{-kInfinity, kInfinity, peak, step, 0};
-  halve(words, unit, wanted, 0, interval);
-  const Real lowest_finite = std::numeric_limits<Real>::lowest();
-  gather(words, std::max(interval.lowest, lowest_finite), interval.ceiling, scratch, scratch.near);
-  Gathered<Real>&near = scratch.near, &nearer = scratch.nearer;
-  while (true) {
-    if (near.logits.empty()) return {-kInfinity, -kInfinity, 0};  // a rounding error short of everything
-    const auto [low, high] = std::minmax_element(near.logits.begin(), near.logits.end());
-    if (*low == *high) break;
-    interval.lowest = *low;
-    interval.ceiling = kInfinity;
-    interval.top = *high;
-    halve(near.words(), unit, wanted, interval.above, interval);
-    gather(near.words(), interval.lowest, interval.ceiling, scratch, nearer);
-    for (std::int64_t& place : nearer.places) place = near.places[place];
-    std::swap(near, nearer);
+Word<Real> last_kept(const Row<Real>& row, double total, const Filters& filters, std::vector<Word<Real>>& words) {
+  Kept<Real> kept{{-std::numeric_limits<Real>::infinity(), 0, row.size}, {total, row.size}};
+  if (filters.top_k > 0 && filters.top_k < row.size) {
+    kept = fewest(row, kept, [&](Measure part) { return part.count >= filters.top_k; }, words);
   }
-  const Real threshold = near.logits[0], weight = near.weights[0];
-  const double missing = wanted - interval.above;
-  const double ties = unit == Unit::kCount ? missing : weight > 0 ? std::ceil(missing / weight) : kInfinity;
-  const std::int64_t size = near.places.size();
-  const std::int64_t count = ties < size ? std::max<std::int64_t>(1, static_cast<std::int64_t>(ties)) : size;
-  return {threshold, std::nextafter(threshold, kInfinity), near.places[count - 1]};
-}
-
-// Keeps the k likeliest words in `scratch.ranked`; where the last of them has equals, those that come first.
-template <typename Real>
-void rank(const Words<Real>& words, Real peak, Real step, std::int64_t k, Scratch<Real>& scratch) {
-  const Kept<Real> kept = reach(words, peak, step, Unit::kCount, static_cast<double>(k), scratch);
-  Gathered<Real>& ranked = scratch.ranked;
-  gather(words, kept.lowest, std::numeric_limits<Real>::infinity(), scratch, ranked);
-  std::int64_t count = 0;
-  for (std::int64_t i = 0; i < static_cast<std::int64_t>(ranked.places.size()); ++i) {
-    ranked.logits[count] = ranked.logits[i];
-    ranked.weights[count] = ranked.weights[i];
-    ranked.places[count] = ranked.places[i];
-    count += ranked.places[i] <= kept.last || ranked.logits[i] >= kept.higher;
+  if (filters.top_p < 1) {
+    const double wanted = filters.top_p * kept.measure.mass;
+    const Kept<Real> nucleus = fewest(row, kept, [&](Measure part) { return part.mass >= wanted; }, words);
+    if (ahead(nucleus.last, kept.last)) kept = nucleus;
   }
-  ranked.logits.resize(count);
-  ranked.weights.resize(count);
-  ranked.places.resize(count);
-}
-
-// The first block whose cumulative mass exceeds u * total.
-std::int64_t block_of(const std::vector<double>& cumulative, double u) {
-  const auto found = std::upper_bound(cumulative.begin(), cumulative.end(), u * cumulative.back());
-  return std::min(found, cumulative.end() - 1) - cumulative.begin();
+  const Word<Real> likely{static_cast<Real>(row.peak + std::log(filters.min_p) * filters.temperature), 0, row.size};
+  return ahead(likely, kept.last) ? likely : kept.last;
 }
 
 // The first place whose cumulative weight exceeds `wanted`; where rounding falls short of it, the last with a weight.
@@ -326,32 +270,38 @@ std::int64_t place_of(const Real* weights, std::int64_t size, double wanted) {
   return last;
 }
 
+// The word at which the cumulative weight of the kept ones exceeds u times their sum.
 template <typename Real>
-Drawn<Real> draw(const Real* x, std::int64_t size, Real scale, double u, Scratch<Real>& scratch) {
-  const std::int64_t count = (size + kBlock - 1) / kBlock;
-  scratch.blocks.resize(count);
-  scratch.cumulative.resize(count);
-  sum_blocks(x, size, scale, scratch.blocks.data());
-  const Real peak = scratch.blocks.back().peak;
-  double total = 0;
-  for (std::int64_t i = 0; i < count; ++i) {
-    total += scratch.blocks[i].sum;
-    scratch.cumulative[i] = total;
-  }
-  if (!(total > 0)) return {size - 1, std::numeric_limits<Real>::quiet_NaN()};
-  const std::int64_t chosen = block_of(scratch.cumulative, u), begin = chosen * kBlock;
-  const double before = chosen > 0 ? scratch.cumulative[chosen - 1] : 0;
+Drawn<Real> draw(const Row<Real>& row, const Word<Real>& last, double u, const std::vector<double>& cumulative) {
+  const double total = cumulative.back();
+  if (!(total > 0)) return {row.size - 1, std::numeric_limits<Real>::quiet_NaN()};
+  const auto found = std::upper_bound(cumulative.begin(), cumulative.end() - 1, u * total);
+  const double before = found == cumulative.begin() ? 0 : found[-1];
+  const std::int64_t begin = (found - cumulative.begin()) * kBlock, length = std::min(kBlock, row.size - begin);
   Real weights[kBlock];
-  const std::int64_t length = std::min(kBlock, size - begin);
-  weigh(x + begin, length, peak, scale, weights);
+  weigh(row.x + begin, length, row.peak, row.scale, weights);
+  for (std::int64_t i = 0; i < length; ++i) {
+    if (ahead(last, {row.x[begin + i], 0, begin + i})) weights[i] = 0;
+  }
   const std::int64_t token = begin + place_of(weights, length, u * total - before);
-  return {token, (x[token] - peak) * scale - Real(std::log(total))};
+  return {token, (row.x[token] - row.peak) * row.scale - Real(std::log(total))};
+}
+
+template <typename Real>
+Drawn<Real> draw_unfiltered(const Real* x, std::int64_t size, Real scale, double u, Scratch<Real>& scratch) {
+  scratch.blocks.resize((size + kBlock - 1) / kBlock);
+  sum_blocks(x, size, scale, scratch.blocks.data());
+  scratch.cumulative.clear();
+  double total = 0;
+  for (const Block<Real>& block : scratch.blocks) scratch.cumulative.push_back(total += block.sum);
+  const Row<Real> row{x, nullptr, size, scratch.blocks.back().peak, scale};
+  return draw(row, {-std::numeric_limits<Real>::infinity(), 0, size}, u, scratch.cumulative);
 }
 
 // The likeliest word; of several the first.
 template <typename Real>
 Drawn<Real> draw_greedily(const Real* x, std::int64_t size, Scratch<Real>& scratch) {
-  const Drawn<Real> any = draw(x, size, Real(1), 0, scratch);
+  const Drawn<Real> any = draw_unfiltered(x, size, Real(1), 0, scratch);
   if (std::isnan(any.logprob)) return any;
   const Real peak = scratch.blocks.back().peak;
   std::int64_t token = 0;
@@ -360,60 +310,24 @@ Drawn<Real> draw_greedily(const Real* x, std::int64_t size, Scratch<Real>& scrat
   return {token, -Real(std::log(scratch.cumulative.back()))};
 }
 
-// From what is kept of the words; the token is a place among them.
-template <typename Real>
-Drawn<Real> draw_kept(const Words<Real>& words, const Kept<Real>& kept, Real peak, Real scale, double u,
-                      Scratch<Real>& scratch) {
-  std::vector<double>& cumulative = scratch.cumulative;
-  const auto mass = [&](std::int64_t begin, std::int64_t end, Real lowest) {
-    return begin < end ? measure(words.logits + begin, words.weights + begin, end - begin, lowest).mass : 0;
-  };
-  cumulative.clear();
-  double total = 0;
-  for (std::int64_t begin = 0; begin < words.size; begin += kBlock) {
-    const std::int64_t end = std::min(begin + kBlock, words.size), turn = std::clamp(kept.last + 1, begin, end);
-    total += mass(begin, turn, kept.lowest) + mass(turn, end, kept.higher);
-    cumulative.push_back(total);
-  }
-  const std::int64_t chosen = block_of(cumulative, u), begin = chosen * kBlock;
-  const double before = chosen > 0 ? cumulative[chosen - 1] : 0;
-  Real weights[kBlock];
-  const std::int64_t length = std::min(kBlock, words.size - begin);
-  for (std::int64_t i = 0; i < length; ++i) {
-    const Real lowest = begin + i <= kept.last ? kept.lowest : kept.higher;
-    weights[i] = words.logits[begin + i] >= lowest ? words.weights[begin + i] : Real(0);
-  }
-  const std::int64_t place = begin + place_of(weights, length, u * total - before);
-  return {place, (words.logits[place] - peak) * scale - Real(std::log(total))};
-}
-
-// top-p of the words, and min-p of what that keeps.
-template <typename Real>
-Drawn<Real> draw_nucleus(const Words<Real>& words, double total, const Filters& filters, Real peak, Real scale,
-                         double u, Scratch<Real>& scratch) {
-  constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
-  Kept<Real> kept{-kInfinity, -kInfinity, 0};
-  if (filters.top_p < 1) kept = reach(words, peak, 4 / scale, Unit::kMass, filters.top_p * total, scratch);
-  const Real likely = static_cast<Real>(peak + std::log(filters.min_p) * filters.temperature);
-  if (likely > kept.lowest) kept = {likely, likely, 0};
-  return draw_kept(words, kept, peak, scale, u, scratch);
-}
-
 template <typename Real>
 Drawn<Real> draw_filtered(const Real* x, std::int64_t size, const Filters& filters, Real scale, double u,
                           Scratch<Real>& scratch) {
   Real* weights = at_least(scratch.weights, size);
-  const Real peak = largest_of_row(x, size);
-  double total = weigh(x, size, peak, scale, weights);
-  if (!(total > 0)) return {size - 1, std::numeric_limits<Real>::quiet_NaN()};
-  const Words<Real> row{x, weights, size};
-  if (filters.top_k == 0 || filters.top_k >= size) return draw_nucleus(row, total, filters, peak, scale, u, scratch);
-  rank(row, peak, 4 / scale, filters.top_k, scratch);
-  const Words<Real> ranked = scratch.ranked.words();
-  total = measure(ranked.logits, ranked.weights, ranked.size, std::numeric_limits<Real>::lowest()).mass;
-  Drawn<Real> drawn = draw_nucleus(ranked, total, filters, peak, scale, u, scratch);
-  drawn.token = scratch.ranked.places[drawn.token];
-  return drawn;
+  const Row<Real> row{x, weights, size, largest_of_row(x, size), scale};
+  const double mass = weigh(x, size, row.peak, scale, weights);
+  if (!(mass > 0)) return {size - 1, std::numeric_limits<Real>::quiet_NaN()};
+  const Word<Real> last = last_kept(row, mass, filters, scratch.words);
+  const Real higher = std::nextafter(last.logit, std::numeric_limits<Real>::infinity());
+  scratch.cumulative.clear();
+  double total = 0;
+  for (std::int64_t begin = 0; begin < size; begin += kBlock) {
+    const std::int64_t end = std::min(begin + kBlock, size), turn = std::clamp(last.place + 1, begin, end);
+    total += measure(x + begin, weights + begin, turn - begin, last.logit).mass;
+    total += measure(x + turn, weights + turn, end - turn, higher).mass;
+    scratch.cumulative.push_back(total);
+  }
+  return draw(row, last, u, scratch.cumulative);
 }
 
 template <typename Real>
@@ -423,7 +337,7 @@ Drawn<Real> draw_row(const Real* x, std::int64_t size, const Filters& filters, R
   if (filters.temperature == 0) return draw_greedily(x, size, scratch);
   const Real scale = static_cast<Real>(1 / filters.temperature);
   const bool filtered = (filters.top_k > 0 && filters.top_k < size) || filters.top_p < 1 || filters.min_p > 0;
-  return filtered ? draw_filtered(x, size, filters, scale, u, scratch) : draw(x, size, scale, u, scratch);
+  return filtered ? draw_filtered(x, size, filters, scale, u, scratch) : draw_unfiltered(x, size, scale, u, scratch);
 }
 
 // The row in the precision of the results.

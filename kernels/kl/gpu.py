@@ -113,21 +113,22 @@ def _kl_fwd(
 def measure(p: Tensor, q: Tensor, temperature: float, kl: Tensor, moments: Tensor) -> None:
     """See Pass in operator.py."""
     p, q = _alike(p, q)
-    _kl_fwd[(len(p),)](
-        p,
-        q,
-        kl,
-        moments,
-        p.shape[1],
-        p.stride(0),
-        q.stride(0),
-        1 / temperature,
-        LOWEST=torch.finfo(kl.dtype).min,
-        MOMENTS=MOMENTS,
-        GROUP=GROUP_BYTES // p.itemsize,
-        BLOCK=BLOCK[p.itemsize],
-        num_warps=WARPS,
-    )
+    with torch.cuda.device_of(p):
+        _kl_fwd[(len(p),)](
+            p,
+            q,
+            kl,
+            moments,
+            p.shape[1],
+            p.stride(0),
+            q.stride(0),
+            1 / temperature,
+            LOWEST=torch.finfo(kl.dtype).min,
+            MOMENTS=MOMENTS,
+            GROUP=GROUP_BYTES // p.itemsize,
+            BLOCK=BLOCK[p.itemsize],
+            num_warps=WARPS,
+        )
 
 
 @triton.jit
@@ -206,26 +207,27 @@ def gradient(
 ) -> None:
     """See Pass in operator.py."""
     p, q = _alike(p, q, *(x for x in (dp, dq) if x is not None))
-    _kl_bwd[(len(p),)](
-        p,
-        q,
-        moments,
-        slopes,
-        dp,
-        dq,
-        p.shape[1],
-        p.stride(0),
-        q.stride(0),
-        p.stride(0) if dp is None else dp.stride(0),
-        q.stride(0) if dq is None else dq.stride(0),
-        1 / temperature,
-        LEARNS_P=dp is not None,
-        LEARNS_Q=dq is not None,
-        MOMENTS=MOMENTS,
-        GROUP=GROUP_BYTES // p.itemsize,
-        BLOCK=BLOCK[p.itemsize],
-        num_warps=WARPS,
-    )
+    with torch.cuda.device_of(p):
+        _kl_bwd[(len(p),)](
+            p,
+            q,
+            moments,
+            slopes,
+            dp,
+            dq,
+            p.shape[1],
+            p.stride(0),
+            q.stride(0),
+            p.stride(0) if dp is None else dp.stride(0),
+            q.stride(0) if dq is None else dq.stride(0),
+            1 / temperature,
+            LEARNS_P=dp is not None,
+            LEARNS_Q=dq is not None,
+            MOMENTS=MOMENTS,
+            GROUP=GROUP_BYTES // p.itemsize,
+            BLOCK=BLOCK[p.itemsize],
+            num_warps=WARPS,
+        )
 
 
 def _alike(p: Tensor, q: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,12 @@
     token = min {v : p_0 + ... + p_v > u}          logprob = log p[token]
 
 top-k keeps the k likeliest words (arXiv 1805.04833), top-p the shortest prefix of the sorted words whose mass reaches p
-(arXiv 1904.09751), min-p the words at least min_p times as likely as the likeliest (arXiv 2407.01082).
+(arXiv 1904.09751), min-p the words at least min_p times as likely as the likeliest (arXiv 2407.01082). Of equal words
+top-k and top-p keep the first, min-p all or none.
+
+Logits, which no backend rounds, decide what ranks higher and what is equal, so top-k keeps the same words everywhere.
+The limits of top-p and min-p are rounded, and so are the sums of top-p: of the words that are within rounding errors of
+such a limit, in float32 a millionth of the mass, backends may keep fewer or more. What ranks above is kept by all.
 """
 
 from __future__ import annotations

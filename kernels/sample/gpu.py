@@ -60,6 +60,7 @@ def _turn(bits):
 
 @triton.jit
 def _key(x):
+    x = tl.where(x == 0, 0.0, x)  # -0 and 0 are equal, and so are their keys
     if x.dtype == tl.float64:
         return _turn(x.to(tl.int64, bitcast=True))
     else:
@@ -252,24 +253,25 @@ def sample(
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(rows, dtype=dtype, device=logits.device)
     if rows:
-        _sample_fwd[(rows,)](
-            logits.detach(),
-            uniforms.contiguous(),
-            tokens,
-            logprobs,
-            words,
-            logits.stride(0),
-            LOG2_E.value / (temperature or 1.0),
-            min(top_k, words),
-            top_p,
-            min_p,
-            GREEDY=temperature == 0,
-            TOP_K=0 < top_k < words,
-            TOP_P=top_p < 1,
-            MIN_P=min_p > 0,
-            LOWEST=torch.finfo(dtype).min,
-            EPSILON=torch.finfo(dtype).eps,
-            BLOCK=BLOCK_BYTES // logits.itemsize,
-            num_warps=WARPS,
-        )
+        with torch.cuda.device_of(logits):
+            _sample_fwd[(rows,)](
+                logits.detach(),
+                uniforms.contiguous(),
+                tokens,
+                logprobs,
+                words,
+                logits.stride(0),
+                LOG2_E.value / (temperature or 1.0),
+                min(top_k, words),
+                top_p,
+                min_p,
+                GREEDY=temperature == 0,
+                TOP_K=0 < top_k < words,
+                TOP_P=top_p < 1,
+                MIN_P=min_p > 0,
+                LOWEST=torch.finfo(dtype).min,
+                EPSILON=torch.finfo(dtype).eps,
+                BLOCK=BLOCK_BYTES // logits.itemsize,
+                num_warps=WARPS,
+            )
     return tokens, logprobs

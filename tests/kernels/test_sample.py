@@ -90,7 +90,7 @@ def test_frequencies(filters: dict[str, Any], backend: str) -> None:
 def test_large_vocabularies(dtype: torch.dtype, filters: dict[str, Any], backend: str) -> None:
     """Where rounding moves a border of the cumulative distribution past a number, its neighbour is drawn instead."""
     torch.manual_seed(0)
-    for rows, words in ((1, 9001),) if backend == "triton" else ((16, 32000), (2, 151936)):
+    for rows, words in ((1, 9001),) if backend == "triton" else ((16, 32000), (3, 50257), (2, 151936)):
         logits, uniforms = (2 * torch.randn(rows, words)).to(dtype), torch.rand(rows)
         tokens, logprobs = sample(logits, uniforms, **filters)
         p = exact(logits, **filters)
@@ -173,6 +173,61 @@ def test_zero_temperature_is_argmax_at_temperature_one() -> None:
     assert sample(many, torch.zeros(1), temperature=0)[0] == 700
 
 
+BORDERS: dict[str, Callable[[], Tensor]] = {
+    "ties": lambda: (4 * torch.randn(300)).round() / 4,
+    "neighbours": lambda: 1.9 + torch.randperm(300) * 2.0**-23,  # a third of them is the same float for several
+    "both zeros": lambda: torch.tensor([-1.0, 0.0, -0.0, 0.5]).repeat(75),
+    "almost all": lambda: torch.arange(300).where(torch.arange(300) > 250, 1.0).div(300),
+}
+CUTS: list[dict[str, Any]] = [
+    {"top_k": 1},
+    {"top_k": 101, "temperature": 3.0},
+    {"top_k": 299},
+    {"top_p": 0.603, "temperature": 3.0},
+    {"top_k": 260, "top_p": 0.3033},
+    {"top_k": 260, "top_p": 1 - 2.0**-53},
+    {"top_k": 150, "top_p": 0.9, "min_p": 0.7},
+    {"top_k": 100, "min_p": 1.0},
+]
+
+
+@pytest.mark.parametrize("filters", CUTS, ids=str)
+@pytest.mark.parametrize("border", BORDERS.values(), ids=BORDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_words_at_the_border(
+    dtype: torch.dtype, border: Callable[[], Tensor], filters: dict[str, Any], backend: str
+) -> None:
+    """Each kept word is drawn by the middle of its share, and its log-probability shows that no other one is kept."""
+    torch.manual_seed(0)
+    logits = border().to(dtype)
+    p = exact(logits[None], **filters)[0]
+    rank = p.sort(descending=True, stable=True).indices
+    kept = rank[: int((p > 0).sum())][-1 if backend == "triton" else 0 :]
+    tokens, logprobs = sample(logits.expand(len(kept), 300), (p.cumsum(0) - p / 2)[kept], **filters)
+    assert torch.equal(tokens, kept)
+    assert_close(logprobs.double(), p[kept].log(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_both_zeros_have_one_key(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """A search that told them apart would never end on a GPU, whose minimum of the two is the negative one."""
+    import triton
+
+    from twinhead.kernels.sample import gpu
+
+    monkeypatch.setitem(globals(), "gpu", gpu)  # a kernel sees the names of its module only
+
+    @triton.jit
+    def write(numbers: Any, keys: Any) -> None:
+        lane = gpu.tl.arange(0, 4)
+        gpu.tl.store(keys + lane, gpu._key(gpu.tl.load(numbers + lane)))
+
+    for dtype, integer in ((torch.float32, torch.int32), (torch.float64, torch.int64)):
+        keys = torch.empty(4, dtype=integer)
+        write[(1,)](torch.tensor([-1.0, -0.0, 0.0, 1.0], dtype=dtype), keys)
+        assert keys[0] < keys[1] == keys[2] < keys[3]
+
+
 def test_ties_keep_the_shortest_prefix_and_exactly_k(backend: str) -> None:
     draws = 6 if backend == "triton" else 1000
     logits = torch.zeros(draws, 4)
@@ -181,6 +236,8 @@ def test_ties_keep_the_shortest_prefix_and_exactly_k(backend: str) -> None:
         tokens, logprobs = sample(logits, uniforms, **filters)
         assert len(tokens.unique()) == 2, filters
         assert_close(logprobs, torch.full((draws,), 0.5).log())
+    many = torch.zeros(1, 9000).index_fill_(1, torch.arange(8990, 9000), 1.0)
+    assert sample(many, torch.tensor([0.9999]), top_k=4110)[0] == 8999, "no other zero comes before the last words"
     tokens, logprobs = sample(logits, uniforms, top_p=1e-9)
     assert len(tokens.unique()) == 1 and (logprobs == 0).all(), "one word stays, whatever top_p"
 
@@ -204,6 +261,12 @@ def test_only_differences_matter_and_layouts_do_not() -> None:
     wide = torch.full((7, 40), NAN)
     assert_close(sample(wide[:, 5:36].copy_(logits), uniforms), expected)
     assert_close(sample(logits.clone().requires_grad_(), uniforms[:, None].expand(7, 2)[:, 1]), expected)
+    rows = logits[:1].expand(7, 31)
+    assert_close(sample(rows, uniforms), sample(rows.contiguous(), uniforms))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert_close(sample(logits.bfloat16(), uniforms), sample(logits.bfloat16().float(), uniforms))
+    tokens, logprobs = sample(logits[:, :1], uniforms, top_k=1, top_p=0.5, min_p=0.5)
+    assert (tokens == 0).all() and (logprobs == 0).all()
     tokens, logprobs = sample(logits[:0], uniforms[:0])
     assert tokens.shape == logprobs.shape == (0,) and tokens.dtype == torch.int64
     assert sample(logits.half(), uniforms)[1].dtype == torch.float32
@@ -211,9 +274,12 @@ def test_only_differences_matter_and_layouts_do_not() -> None:
     assert_close(sample(halves, uniforms), sample(halves.float(), uniforms))
 
 
-def test_nothing_is_sorted_unless_a_filter_asks(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("sorted")
+def test_no_row_is_sorted_unless_a_filter_asks(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    sort = Tensor.sort
+
+    def refuse(row: Tensor, *args: Any, **options: Any) -> Any:
+        assert row.shape[-1] < 31, "sorted"
+        return sort(row, *args, **options)
 
     monkeypatch.setattr(Tensor, "sort", refuse)
     logits, uniforms = torch.randn(7, 31), torch.rand(7)
@@ -224,6 +290,14 @@ def test_nothing_is_sorted_unless_a_filter_asks(monkeypatch: pytest.MonkeyPatch,
             sample(logits, uniforms, top_p=0.9)
     else:
         sample(logits, uniforms, top_p=0.9)
+
+
+def test_many_rows() -> None:
+    logits, uniforms = torch.randn(70_000, 3), torch.rand(70_000)
+    for filters in ({}, {"top_k": 2}):
+        ours, plain = (sample(logits, uniforms, **filters, backend=backend) for backend in ("cpu", "torch"))
+        assert (ours[0] != plain[0]).sum() <= 2
+        assert_close(ours[1][ours[0] == plain[0]], plain[1][ours[0] == plain[0]])
 
 
 def test_the_number_of_threads_does_not_matter() -> None:
