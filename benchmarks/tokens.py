@@ -95,8 +95,7 @@ def clipped(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tenso
 
 
 def _packed_advantages(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, whiten: bool, backend: str) -> Outputs:
-    advantages, returns = kernels.gae(rewards, values, gamma=GAMMA, lam=LAM, cu_seqlens=cu_seqlens, backend=backend)
-    return kernels.whiten(advantages, unbiased=True) if whiten else advantages, returns
+    return kernels.gae(rewards, values, gamma=GAMMA, lam=LAM, cu_seqlens=cu_seqlens, whiten=whiten, backend=backend)
 
 
 def _advantages(rewards: Tensor, values: Tensor, mask: Tensor, whiten: bool) -> Outputs:
@@ -112,18 +111,20 @@ def _advantages(rewards: Tensor, values: Tensor, mask: Tensor, whiten: bool) -> 
     if whiten:
         count = mask.sum()
         mean = (advantages * mask).sum() / count
-        variance = ((advantages - mean) ** 2 * mask).sum() / (count - 1)
+        variance = ((advantages - mean) ** 2 * mask).sum() / count
         advantages = (advantages - mean) * (variance + 1e-8).rsqrt()
     return advantages, returns
 
 
 def _whitened(problem: Problem, run: Callable[[], tuple[Tensor, Tensor]]) -> Call:
-    """A function that always whitens: without `whiten`, only its returns can be compared."""
+    """A function that always whitens, by N - 1: without `whiten`, only its returns can be compared."""
     _, _, mask = _padded(problem)
 
     def read(outputs: Outputs) -> Outputs:
         advantages, returns = _unpadded(outputs, mask)
-        return advantages if problem.settings["whiten"] else None, returns
+        if advantages is None or not problem.settings["whiten"]:
+            return None, returns
+        return advantages * (len(advantages) / (len(advantages) - 1)) ** 0.5, returns
 
     return Call(run, read)
 

@@ -16,7 +16,8 @@ struct GaeArrays {
   Array<T> returns;                      // (N,), written
 };
 
+// With `whitens` the advantages end with mean 0 and variance 1 over all actions; the returns are what they are without.
 template <typename T>
-void gae(const GaeArrays<T>& arrays, double gamma, double lam, int threads);
+void gae(const GaeArrays<T>& arrays, double gamma, double lam, bool whitens, int threads);
 
 }  // namespace twinhead

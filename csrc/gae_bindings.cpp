@@ -30,19 +30,19 @@ void expect_consistent(const GaeArrays<T>& arrays, int threads) {
 template <typename T>
 void gae_of_numpy(const Numpy<T>& rewards, const Numpy<T>& values, const Numpy<std::int64_t>& offsets,
                   const std::optional<Numpy<bool>>& mask, const std::optional<Numpy<T>>& bootstrap, double gamma,
-                  double lam, int threads, Numpy<T> advantages, Numpy<T> returns) {
+                  double lam, bool whitens, int threads, Numpy<T> advantages, Numpy<T> returns) {
   const GaeArrays<T> arrays{readable(rewards),   readable(values),     readable(offsets), readable(mask),
                             readable(bootstrap), writable(advantages), writable(returns)};
   expect_consistent(arrays, threads);
   const py::gil_scoped_release unlocked;
-  gae(arrays, gamma, lam, threads);
+  gae(arrays, gamma, lam, whitens, threads);
 }
 
 template <typename T>
 void define(py::module_& module) {
   module.def("gae", &gae_of_numpy<T>, exact("rewards"), exact("values"), exact("offsets"), exact("mask").none(true),
-             exact("bootstrap").none(true), py::arg("gamma"), py::arg("lam"), py::arg("threads"), exact("advantages"),
-             exact("returns"));
+             exact("bootstrap").none(true), py::arg("gamma"), py::arg("lam"), py::arg("whitens"), py::arg("threads"),
+             exact("advantages"), exact("returns"));
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -179,7 +180,7 @@ void write(const std::vector<Sums<T>>& blocks, const PpoSettings& settings, doub
   results.loss[0] = static_cast<T>(loss / divisor);
   T* statistic = results.statistics.data;
   for (const double share : shares) *statistic++ = static_cast<T>(share / divisor);
-  *statistic = static_cast<T>(all.ratio_max);
+  *statistic = static_cast<T>(std::isnan(all.ratio) ? all.ratio : all.ratio_max);  // a maximum passes over NaN
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ def gae(
     bootstrap: NDArray[Real] | None,  # (S,)
     gamma: float,
     lam: float,
+    whitens: bool,
     threads: int,
     advantages: NDArray[Real],  # (N,), written
     returns: NDArray[Real],  # (N,), written

@@ -29,6 +29,7 @@ def gae(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     bootstrap: Tensor | None = None,
+    whiten: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns, both shaped like rewards, float32 or wider, without gradient.
@@ -39,6 +40,9 @@ def gae(
     and come out as 0.
 
     `bootstrap` is the value of the state after the last action, for sequences that were cut off rather than finished.
+    With `whiten` the advantages come back as whiten(advantages, mask) would give them, over the actions of all
+    sequences together, their statistics taken in the same pass; the returns are those of the advantages before.
+
     Raises ValueError for shapes that do not fit, gamma or lam outside [0, 1], or mask and cu_seqlens together.
     """
     expect_like("gae", "rewards", rewards, values=values, mask=mask)
@@ -61,6 +65,7 @@ def gae(
         mask=mask,
         cu_seqlens=cu_seqlens,
         bootstrap=bootstrap,
+        whitens=whiten,
     )
 
 

@@ -18,9 +18,10 @@ def forward(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     bootstrap: Tensor | None,
+    whitens: bool,
 ) -> tuple[Tensor, Tensor]:
     """As in operator.results, and filled."""
-    advantages, returns = results(rewards, values, gamma, lam, mask, cu_seqlens, bootstrap)
+    advantages, returns = results(rewards, values, gamma, lam, mask, cu_seqlens, bootstrap, whitens)
 
     def flat(tensor: Tensor, dtype: torch.dtype = advantages.dtype) -> NDArray:
         return tensor.to(dtype).contiguous().view(-1).numpy()
@@ -36,6 +37,7 @@ def forward(
         None if bootstrap is None else flat(bootstrap),
         gamma,
         lam,
+        whitens,
         torch.get_num_threads(),
         flat(advantages),
         flat(returns),

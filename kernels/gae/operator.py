@@ -25,9 +25,11 @@ def fused(backend: str, forward: Callable[..., tuple[Tensor, Tensor]]) -> Callab
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
         bootstrap: Tensor | None,
+        whitens: bool,
     ) -> tuple[Tensor, Tensor]:
         """[B, T] with a mask (or None), or (R,) with cu_seqlens; bootstrap (B,) or (S,). Two tensors like rewards."""
-        return operator(rewards, values, gamma, lam, None if mask is None else mask.bool(), cu_seqlens, bootstrap)
+        mask = None if mask is None else mask.bool()
+        return operator(rewards, values, gamma, lam, mask, cu_seqlens, bootstrap, whitens)
 
     return gae
 
@@ -40,6 +42,7 @@ def results(
     mask: Tensor | None,  # bool
     cu_seqlens: Tensor | None,
     bootstrap: Tensor | None,
+    whitens: bool,
 ) -> tuple[Tensor, Tensor]:
     """Memory for the advantages and the returns."""
     advantages = torch.empty(rewards.shape, dtype=wide(rewards, values), device=rewards.device)

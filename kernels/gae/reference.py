@@ -8,6 +8,8 @@ from torch import Tensor
 from twinhead.kernels._actions import Actions
 from twinhead.kernels._precision import wide
 
+WHITEN_EPSILON = 1e-8  # keeps the scale of equal numbers finite
+
 
 def gae(
     rewards: Tensor,
@@ -18,13 +20,24 @@ def gae(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     bootstrap: Tensor | None,
+    whitens: bool,
 ) -> tuple[Tensor, Tensor]:
     """[B, T] with a mask (or None), or (R,) with cu_seqlens; bootstrap (B,) or (S,). Two tensors like rewards."""
     dtype = wide(rewards, values)
     rewards, values = rewards.to(dtype), values.to(dtype)
     if cu_seqlens is None:
         mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask.bool()
-        return _padded(rewards, values, gamma, lam, mask, bootstrap)
+        advantages, returns = _padded(rewards, values, gamma, lam, mask, bootstrap)
+    else:
+        advantages, returns = _packed(rewards, values, gamma, lam, cu_seqlens, bootstrap)
+    if whitens:
+        advantages = whiten(advantages, mask, shift_mean=True, unbiased=False)
+    return advantages, returns
+
+
+def _packed(
+    rewards: Tensor, values: Tensor, gamma: float, lam: float, cu_seqlens: Tensor, bootstrap: Tensor | None
+) -> tuple[Tensor, Tensor]:
     lengths = cu_seqlens.diff().long()
     width = int(lengths.max()) if len(lengths) else 0
     mask = torch.arange(width, device=rewards.device) < lengths[:, None]  # [S, width]
@@ -59,5 +72,5 @@ def whiten(x: Tensor, mask: Tensor | None, *, shift_mean: bool, unbiased: bool) 
     variance = actions.mean((x - mean).square())
     if unbiased:
         variance = variance * actions.count / (actions.count - 1)
-    whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
+    whitened = (x - mean) * torch.rsqrt(variance + WHITEN_EPSILON)
     return actions.select(whitened if shift_mean else whitened + mean)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,6 +29,12 @@ POLICY, VALUE, ENTROPY, K1, K3, REF_KL, CLIPS, VALUE_CLIPS, RATIO, RATIO_MAX = m
 def _clamp(x, low, high):
     """As torch has it, unlike tl.clamp: NaN stays NaN."""
     return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
+def _larger(x, y):
+    """As torch has it: NaN is larger than everything."""
+    return tl.maximum(x, y, tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -148,7 +155,7 @@ def _ppo_fwd(
     tl.store(sums + CLIPS * blocks, tl.sum(clipped.to(wide)))
     tl.store(sums + VALUE_CLIPS * blocks, tl.sum(value_clipped.to(wide)))
     tl.store(sums + RATIO * blocks, tl.sum(tl.where(action, ratio, 0.0)))
-    tl.store(sums + RATIO_MAX * blocks, tl.max(tl.where(action, ratio, 0.0)))
+    tl.store(sums + RATIO_MAX * blocks, tl.reduce(tl.where(action, ratio, 0.0), 0, _larger))
 
     if LEARNS:
         divisor = _divisor(normalizer, count, wide)
@@ -180,12 +187,12 @@ def _ppo_finish(
         there = (row[:, None] < STATISTICS) & (part[None, :] < blocks)
         found = tl.load(sums + row[:, None].to(tl.int64) * blocks + part[None, :], there, 0)
         total += tl.sum(found, 1)
-        peak = tl.maximum(peak, tl.max(found, 1))
+        peak = _larger(peak, tl.reduce(found, 1, _larger))
     shares = total / _divisor(normalizer, count, wide)
-    weights = tl.where(row == VALUE, tl.cast(value_coef, wide), 0.0)
-    weights = tl.where(row == ENTROPY, -tl.cast(entropy_coef, wide), weights)
-    weights = tl.where(row == POLICY, 1.0, weights)
-    tl.store(loss, tl.sum(weights * shares))
+    terms = tl.where(row == POLICY, shares, 0.0)
+    terms = tl.where(row == VALUE, tl.cast(value_coef, wide) * shares, terms)
+    terms = tl.where(row == ENTROPY, -tl.cast(entropy_coef, wide) * shares, terms)
+    tl.store(loss, tl.sum(terms))
     tl.store(statistics + row, tl.where(row == RATIO_MAX, peak, shares), row < STATISTICS)
 
 
@@ -212,21 +219,22 @@ def forward(
         normalizer, count = (None, logprobs.numel()) if mask is None else (mask.sum(), 0)
     blocks = max(triton.cdiv(logprobs.numel(), BLOCK), 1)
     sums = loss.new_empty(len(STATISTICS), blocks)
-    _ppo_fwd[(blocks,)](
-        *(None if x is None else x.contiguous() for x in (*tokens, mask)),
-        normalizer,
-        slopes,
-        sums,
-        logprobs.numel(),
-        count,
-        *settings,
-        LEARNS=learns,
-        BLOCK=BLOCK,
-        num_warps=WARPS,
-    )
-    _ppo_finish[(1,)](
-        sums, normalizer, loss, stats, blocks, count, *settings[4:], STATISTICS=len(STATISTICS), PARTS=PARTS
-    )
+    with torch.cuda.device_of(logprobs):
+        _ppo_fwd[(blocks,)](
+            *(None if x is None else x.contiguous() for x in (*tokens, mask)),
+            normalizer,
+            slopes,
+            sums,
+            logprobs.numel(),
+            count,
+            *settings,
+            LEARNS=learns,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
+        _ppo_finish[(1,)](
+            sums, normalizer, loss, stats, blocks, count, *settings[4:], STATISTICS=len(STATISTICS), PARTS=PARTS
+        )
     return loss, stats, slopes
 
 

@@ -76,10 +76,10 @@ def launch_linear(words: int, dtype: torch.dtype, bias: torch.Tensor | None = No
 def launch_gae(dtype: torch.dtype, packed: bool) -> None:
     if packed:
         tokens = meta(2**20, dtype=dtype)
-        gae.forward(tokens, tokens, 0.99, 0.95, None, meta(ROWS + 1, dtype=torch.int32), None)
+        gae.forward(tokens, tokens, 0.99, 0.95, None, meta(ROWS + 1, dtype=torch.int32), None, False)
     else:
         tokens = meta(ROWS, 512, dtype=dtype)
-        gae.forward(tokens, tokens, 0.99, 0.95, tokens.bool(), None, meta(ROWS, dtype=dtype))
+        gae.forward(tokens, tokens, 0.99, 0.95, tokens.bool(), None, meta(ROWS, dtype=dtype), True)
 
 
 def launch_ppo(dtype: torch.dtype, count: int) -> None:
@@ -106,7 +106,9 @@ LAUNCHES = {
         lambda: launch_linear(50257, HALF, meta(50257, dtype=HALF), softcap=30.0)
     ),
     "gae, packed": Launch(lambda: launch_gae(SINGLE, packed=True), registers=168, narrow="_gae_fwd"),
-    "gae, padded": Launch(lambda: launch_gae(HALF, packed=False), registers=168, narrow="_gae_fwd"),
+    "gae, padded, whitened": Launch(
+        lambda: launch_gae(HALF, packed=False), registers=168, narrow="_gae_fwd, _gae_join, _gae_whiten"
+    ),
     "ppo": Launch(lambda: launch_ppo(SINGLE, 65536), narrow="_ppo_fwd on gfx942, _ppo_finish"),
     "sample": Launch(lambda: launch_sample(151936, HALF), registers=128),
 }

@@ -25,11 +25,12 @@ SIGNATURES = """
     linear_cross_entropy(hidden, weight, labels, temperature=1.0, reduction='none', dist_process_group=None)
     linear_ppo_loss(hidden, weight, targets, old_logprobs, advantages, *, clip_low=0.2, clip_high=0.2, dual_clip=None,
         ref_logprobs=None, kl_coef=0.0, kl_estimator='k3', entropy_coef=0.0, temperature=1.0, normalizer=None,
-        bias=None, backend=None)
+        bias=None,
+        softcap=None, logit_scale=1.0, backend=None)
     linear_kl(hidden, weight, ref_hidden, ref_weight, *, direction='reverse', temperature=1.0, backend=None)
     kl_estimate(logprobs, ref_logprobs, kind='k1')
     full_kl(logits, ref_logits, *, direction='reverse', temperature=1.0, backend=None)
-    gae(rewards, values, *, gamma=1.0, lam=0.95, mask=None, cu_seqlens=None, bootstrap=None, backend=None)
+    gae(rewards, values, *, gamma=1.0, lam=0.95, mask=None, cu_seqlens=None, bootstrap=None, whiten=False, backend=None)
     whiten(x, mask=None, *, shift_mean=True, unbiased=False)
     ppo_loss(logprobs, old_logprobs, advantages, values, old_values, returns, *, mask=None, entropy=None,
         clip_low=0.2, clip_high=0.2, dual_clip=None, value_clip=0.2, value_coef=0.5, entropy_coef=0.0,

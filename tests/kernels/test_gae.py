@@ -22,9 +22,11 @@ GAMMA, LAM = 63 / 64, 7 / 8
 
 @pytest.fixture(autouse=True)
 def short_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences that are long for the Triton backend."""
+    """Sequences that are long for the Triton backend, and more of them than it joins at a time."""
     if "triton" in request.node.name:
-        monkeypatch.setattr(import_module("twinhead.kernels.gae.gpu"), "BLOCK", BLOCK)
+        gpu = import_module("twinhead.kernels.gae.gpu")
+        monkeypatch.setattr(gpu, "BLOCK", BLOCK)
+        monkeypatch.setattr(gpu, "PARTS", 2)
 
 
 def packed(lengths: list[int], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,7 +136,7 @@ def test_torch_knows_the_operator(padded: bool, backend: str) -> None:
     operator = getattr(torch.ops.twinhead, f"gae_{backend}").default
     layout = (mask, None) if padded else (None, cu_seqlens)
     tokens = (rewards.view(mask.shape), values.view(mask.shape)) if padded else (rewards, values)
-    torch.library.opcheck(operator, (*tokens, 0.9, 0.95, *layout, bootstrap))
+    torch.library.opcheck(operator, (*tokens, 0.9, 0.95, *layout, bootstrap, True))
 
 
 def test_it_compiles_as_a_whole() -> None:
@@ -143,7 +145,7 @@ def test_it_compiles_as_a_whole() -> None:
 
     def advantages(rewards: Tensor, values: Tensor, mask: Tensor, cu_seqlens: Tensor) -> list[tuple[Tensor, Tensor]]:
         padded = gae(rewards.view(mask.shape) * 2, values.view(mask.shape), mask=mask, bootstrap=bootstrap)
-        return [padded, gae(rewards * 2, values, cu_seqlens=cu_seqlens, bootstrap=bootstrap)]
+        return [padded, gae(rewards * 2, values, cu_seqlens=cu_seqlens, bootstrap=bootstrap, whiten=True)]
 
     compiled = torch.compile(advantages, fullgraph=True)
     assert_close(compiled(rewards, values, mask, cu_seqlens), advantages(rewards, values, mask, cu_seqlens))
@@ -155,9 +157,31 @@ def test_the_number_of_threads_does_not_matter() -> None:
     found = []
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        found.append(gae(rewards, values, cu_seqlens=cu_seqlens, backend="cpu")[0])
+        found.append(gae(rewards, values, cu_seqlens=cu_seqlens, whiten=True, backend="cpu")[0])
     torch.set_num_threads(before)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_a_sequence_of_131072_actions(backend: str) -> None:
+    rewards, values, cu_seqlens, _ = packed([131_072], torch.float32)
+    following, advantage, expected = 0.0, 0.0, []
+    for reward, value in zip(reversed(rewards.tolist()), reversed(values.tolist()), strict=True):
+        advantage = reward + following - value + LAM * advantage
+        following = value
+        expected.append(advantage)
+    found, _ = gae(rewards, values, cu_seqlens=cu_seqlens, lam=LAM)
+    assert_close(found, torch.tensor(expected[::-1]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_launches_go_where_the_tensors_are(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    guard = torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: asked.append(x.device) or guard(x))
+    rewards, values, cu_seqlens, _ = packed([3])
+    gae(rewards, values, cu_seqlens=cu_seqlens)
+    assert asked == [rewards.device]
 
 
 def test_strided_inputs_that_learn_and_outputs_that_do_not(backend: str) -> None:
@@ -167,6 +191,67 @@ def test_strided_inputs_that_learn_and_outputs_that_do_not(backend: str) -> None
     found = gae(strided, columns, backend=backend)
     assert_close(found, gae(rewards.view(3, 4), values.view(3, 4)))
     assert not found[0].requires_grad and not found[1].requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_broadcast_inputs_of_other_dtypes_and_contexts(dtype: torch.dtype, backend: str) -> None:
+    rewards, mask = torch.tensor(2.0).expand(3, 4), torch.tensor(True).expand(3, 4)
+    values, bootstrap = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=dtype).expand(3, 4), torch.tensor(1.5).expand(3)
+    expected = gae(rewards.to(dtype).clone(), values.clone(), bootstrap=bootstrap.clone(), backend="torch")
+    assert expected[0].dtype == dtype
+    for context in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        with context:
+            assert_close(gae(rewards, values, mask=mask, bootstrap=bootstrap.half()), expected)
+
+
+@pytest.mark.usefixtures("nan_empty")
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_whitened_is_whitened_afterwards(lengths: list[int], backend: str) -> None:
+    rewards, values, cu_seqlens, bootstrap = packed(lengths)
+    settings: dict[str, Any] = {"bootstrap": bootstrap, "gamma": GAMMA, "lam": LAM}
+    advantages, returns = gae(rewards, values, cu_seqlens=cu_seqlens, **settings)
+    found = gae(rewards, values, cu_seqlens=cu_seqlens, **settings, whiten=True)
+    apart = advantages - advantages.mean()
+    expected = apart / (apart.square().mean() + 1e-8).sqrt()
+    assert_close(found[0], expected)
+    assert torch.equal(found[1], returns)
+
+    mask = torch.arange(max(lengths, default=0) + 1) < torch.tensor(lengths, dtype=torch.int64)[:, None]
+    mask[::2] = mask[::2].flip(1)
+    mask = mask.t().contiguous().t()
+    nan = torch.full(mask.shape, NAN, dtype=rewards.dtype)
+    padded = [nan.masked_scatter(mask, x) for x in (rewards, values)]
+    spread, _ = gae(*padded, mask=mask, **settings, whiten=True)
+    assert_close(spread[mask], expected)
+    assert (spread[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("mean", [0.0, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_whitening_of_what_is_far_from_zero(dtype: torch.dtype, mean: float, masked: bool, backend: str) -> None:
+    rewards, values, _, _ = packed([330])
+    rewards, values = rewards.view(3, 110).to(dtype) + mean, values.view(3, 110).to(dtype)
+    mask = torch.rand(3, 110) < 0.7 if masked else None
+    settings: dict[str, Any] = {"mask": mask, "lam": 0.0, "gamma": 0.0, "whiten": True}
+    found, _ = gae(rewards, values, **settings)
+    plain, _ = gae(rewards, values, **settings, backend="torch")
+    exact, _ = gae(rewards.double(), values.double(), **settings, backend="torch")
+    assert found.dtype == dtype
+    assert (found - exact).abs().amax() <= 2 * (plain - exact).abs().amax() + 1e-6
+
+
+def test_whitened_advantages_of_almost_nothing(backend: str) -> None:
+    zero, one = torch.zeros(2, 40), torch.full((2, 40), 7.3)
+    single = torch.zeros(2, 40)
+    single[1, 35] = 1
+    for mask in (zero, single):
+        advantages, returns = gae(one, zero, mask=mask, whiten=True)
+        assert torch.equal(advantages, zero) and torch.equal(returns, one * mask)
+    equal, _ = gae(one, zero, gamma=0.0, whiten=True)
+    assert_close(equal, zero, rtol=0, atol=1e-2)  # one rounding of the mean, times 1e4
+    poisoned, _ = gae(one.index_fill(1, torch.tensor([3]), NAN), zero, mask=1 - single, whiten=True)
+    assert poisoned[1, 35] == 0 and poisoned.isnan().sum() == 79, "what is no action is 0 whatever the others are"
 
 
 R, CU = torch.zeros(5), torch.tensor([0, 2, 5], dtype=torch.int32)
@@ -202,7 +287,7 @@ def test_the_extension_checks_what_it_is_given() -> None:
     def call(**changes: Any) -> None:
         arrays: dict[str, Any] = {name: np.zeros(5) for name in ("rewards", "values", "advantages", "returns")}
         arrays |= {"offsets": np.array([0, 2, 5]), "mask": None, "bootstrap": None}
-        _C.gae(**{**arrays, "gamma": 1.0, "lam": 1.0, "threads": 1, **changes})
+        _C.gae(**{**arrays, "gamma": 1.0, "lam": 1.0, "whitens": False, "threads": 1, **changes})
 
     call()
     wrong = {"values": 4, "advantages": 4, "returns": 6, "mask": 3, "bootstrap": 3}

@@ -229,6 +229,57 @@ def test_a_value_near_the_old_one_is_not_clipped(backend: str) -> None:
     assert ppo_loss(**given)[1]["vf_clipfrac"] == 0
 
 
+@pytest.mark.parametrize("word", [-math.inf, math.inf, NAN, 1e4])
+def test_actions_beyond_all_limits(word: float, backend: str) -> None:
+    given = {name: x.float() for name, x in tokens(9).items()}
+    given["logprobs"][2] = word
+    settings: dict[str, Any] = {"entropy_coef": 0.1, "dual_clip": 2.0}
+    loss, stats = ppo_loss(**given, **settings)
+    expected, expected_stats = ppo_loss(**given, **settings, backend="torch")
+    assert_close(loss, expected, equal_nan=True)
+    assert_close(stats, expected_stats, equal_nan=True)
+    assert loss.isfinite() != math.isnan(word) and stats["ratio_max"].isfinite() != math.isnan(word)
+
+
+def test_expanded_inputs_and_slopes(backend: str) -> None:
+    """What stands for many numbers in one place: inputs of stride 0, and a slope of stride 0."""
+    given = {name: x[:, :1].expand(4, 5) for name, x in tokens(4, 5).items()}
+    gradients = {}
+    for name in (backend, "torch"):
+        learned = {key: given[key].clone().expand(4, 5).requires_grad_() for key in LEARNED}
+        loss, _ = ppo_loss(**{**given, **learned}, entropy_coef=0.1, backend=name)
+        gradients[name] = torch.autograd.grad(loss.expand(3).sum(), list(learned.values()))
+    assert_close(gradients[backend], gradients["torch"])
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)])
+def test_dtypes_mix_and_contexts_do_not_matter(dtypes: tuple[torch.dtype, torch.dtype], backend: str) -> None:
+    given = tokens(20)
+    for place, name in enumerate(given):
+        given[name] = given[name].to(dtypes[place % 2]).requires_grad_(name in LEARNED)
+    expected, expected_stats = ppo_loss(**given, backend="torch")
+    assert expected.dtype == dtypes[1]
+    for context in (torch.enable_grad(), torch.autocast("cpu", torch.bfloat16), torch.inference_mode()):
+        with context:
+            loss, stats = ppo_loss(**given)
+        assert loss.requires_grad != isinstance(context, torch.inference_mode)
+        assert_close(loss, expected)
+        assert_close(stats, expected_stats)
+        if loss.requires_grad:
+            found, exact = (torch.autograd.grad(x, given["logprobs"], retain_graph=True)[0] for x in (loss, expected))
+            assert found.dtype == dtypes[0]
+            assert_close(found, exact)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_launches_go_where_the_tensors_are(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    guard = torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: asked.append(x.device) or guard(x))
+    ppo_loss(**tokens(3))
+    assert asked == [X.device]
+
+
 @pytest.mark.parametrize("backend", FUSED, indirect=True)
 def test_a_second_derivative_is_refused(backend: str) -> None:
     given = {name: x.requires_grad_() for name, x in tokens(9).items()}
