@@ -5,6 +5,8 @@
     "torch"   any device, plain PyTorch
 
 A backend that was named and does not exist, for this operation or on this machine, raises: nothing falls back silently.
+The variable speaks to the operations that are implemented more than once: where PyTorch is all there is, there
+is nothing to choose, and a training run under TWINHEAD_KERNELS=cpu does not end at `whiten`.
 Without a name, CUDA tensors go to "triton", CPU tensors to "cpu", everything else to "torch"; and so does an operation
 that has no such backend, or an installation that lacks it, because Triton is not there or the extension was never
 built. That is a choice, not a failure that is hidden: a backend that is there but broken raises its own error.
@@ -46,6 +48,8 @@ class Backends:
         name = backend or os.environ.get(VARIABLE) or self._best(device)
         if name not in BACKENDS:
             raise ValueError(f"{op}: unknown backend {name!r}, expected one of {', '.join(BACKENDS)}")
+        if not backend and len(self.modules) == 1:
+            name = "torch"
         if name not in self.modules:
             raise ValueError(f"{op}: no backend {name!r} for this operation, expected one of {', '.join(self.modules)}")
         if obstacle := _obstacle(name, device):
