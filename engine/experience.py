@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from twinhead.engine.batch import Packed, Rollout, micro_batches
+from twinhead.engine.mismatch import importance
 from twinhead.engine.policy import Policy
 from twinhead.kernels import whiten
 
@@ -19,7 +20,8 @@ class Experience:
     """One micro-batch of rollouts, frozen before the first gradient step. Packed once, reused in every epoch."""
 
     packed: Packed
-    logprobs: Tensor  # (R,) of the policy that sampled
+    sampled: Tensor  # (R,) log-probs as the sampler saw them
+    logprobs: Tensor  # (R,) those that the ratio is taken to: the same, or the trainer's own under the same weights
     values: Tensor  # (R,)
     advantages: Tensor  # (R,)
     returns: Tensor  # (R,)
@@ -49,15 +51,24 @@ def whitened(batch: Batch) -> Batch:
     return [[replace(e, advantages=next(parts)) for e in minibatch] for minibatch in batch]
 
 
+def corrected(batch: Batch, cap: float) -> Batch:
+    """The same batch with every advantage weighted by how much likelier the trainer finds the token, at most `cap`."""
+    return [
+        [replace(e, advantages=e.advantages * importance(e.logprobs, e.sampled, cap)) for e in minibatch]
+        for minibatch in batch
+    ]
+
+
 def behaviour(
     policy: Policy, packed: Packed, rollouts: Sequence[Rollout], temperature: float, source: str
-) -> tuple[Tensor, Tensor]:
-    """(R,) log-probs and (R,) values of the policy that sampled.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(R,) log-probs as the sampler saw them, those that the ratio is taken to, and (R,) values.
 
     source: "rollout" keeps what the decode step saw, "recompute" asks the trainer's own pass once more.
     """
+    sampled = torch.cat([r.logprobs for r in rollouts])
     if source == "recompute":
         scored = policy(packed, temperature=temperature, entropy=False)
         assert scored.values is not None, "experience is gathered with a critic"
-        return scored.logprobs, scored.values
-    return torch.cat([r.logprobs for r in rollouts]), torch.cat([r.values for r in rollouts if r.values is not None])
+        return sampled, scored.logprobs, scored.values
+    return sampled, sampled, torch.cat([r.values for r in rollouts if r.values is not None])

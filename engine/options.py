@@ -94,6 +94,8 @@ class PPO(RunConfig):
     temperature: float = 1.0
     num_slots: int = 256  # sequences that decode side by side
     old_logprobs: str = "rollout"  # rollout: as the sampler saw them; recompute: by one more forward of the trainer
+    importance_cap: float | None = None  # truncates weights p_trainer / p_sampler of the advantages; needs recompute
+    mismatch_alarm: float = 0.02  # nats per token between sampler and trainer, above which every step says so
     critic: str = "shared"  # shared; detached: the value loss does not reach the trunk
     value_init: str = "zero"  # zero; reward_model: the reward head, where no value head lies beside the model
     value_lr_scale: float = 30.0  # learning rate of the value head, which starts from nothing, over learning_rate
@@ -125,6 +127,11 @@ class PPO(RunConfig):
             epochs=(self.epochs >= 1, "at least 1"),
             temperature=(self.temperature > 0, "above 0 (a greedy policy explores nothing)"),
             old_logprobs=(self.old_logprobs in ("rollout", "recompute"), "rollout or recompute"),
+            importance_cap=(
+                self.importance_cap is None or (self.importance_cap > 0 and self.old_logprobs == "recompute"),
+                "above 0, with old_logprobs=recompute",
+            ),
+            mismatch_alarm=(self.mismatch_alarm > 0, "above 0"),
             critic=(self.critic in CRITICS[:2], "shared or detached"),
             value_init=(self.value_init in ("zero", "reward_model"), "zero or reward_model"),
             kl_coef=(self.kl_coef >= 0, "at least 0"),

@@ -18,11 +18,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from twinhead.engine import data, losses, options, scorers, weights
+from twinhead.engine import data, losses, mismatch, options, scorers, weights
 from twinhead.engine.batch import Example, Rollout, pack
 from twinhead.engine.data import Order
 from twinhead.engine.evaluate import describe, objective
-from twinhead.engine.experience import Batch, Experience, behaviour, deal, whitened
+from twinhead.engine.experience import Batch, Experience, behaviour, corrected, deal, whitened
 from twinhead.engine.generate import Sampling, generate
 from twinhead.engine.metrics import Sums
 from twinhead.engine.optim import Optimizer
@@ -76,6 +76,9 @@ def train(config: Config, reward_funcs: Sequence[RewardFunction] = (), evaluate:
         with run.timed("update"):
             updated = update(policy, optimizer, batch, mix, config, random.Random(run.seed("shuffle", step)))
         kl.update(examined["objective/kl"], len(rollouts))
+        if updated["mismatch/mean"] > config.mismatch_alarm:
+            stats["guard/mismatch"] = updated["mismatch/mean"]
+            run.say(f"step {step}: {mismatch.warning(updated['mismatch/mean'], config.mismatch_alarm)}")
         if evaluate is not None and config.eval_every and step % config.eval_every == 0:
             with run.timed("evaluate"):
                 stats |= {f"eval/{name}": value for name, value in evaluate(policy).items()}
@@ -116,14 +119,16 @@ def examine(
         for micro in minibatch:
             sampled = [rollouts[i] for i in micro]
             packed = pack(sampled, policy.device)
-            logprobs, values = behaviour(policy, packed, sampled, config.temperature, config.old_logprobs)
+            seen, logprobs, values = behaviour(policy, packed, sampled, config.temperature, config.old_logprobs)
             ref_logprobs = reference(packed, temperature=config.temperature, entropy=False).logprobs
             score = scores[micro].to(packed.tokens.device)
             rewards = losses.token_rewards(logprobs, ref_logprobs, score, packed.cu_rows, kl_coef)
             advantages, returns = gae(rewards, values, gamma=config.gamma, lam=config.lam, cu_seqlens=packed.cu_rows)
-            batch[-1].append(Experience(packed, logprobs, values, advantages, returns))
+            batch[-1].append(Experience(packed, seen, logprobs, values, advantages, returns))
             kls.append(losses.sequence_kl(logprobs, ref_logprobs, packed.cu_rows))
-    return whitened(batch), objective(batch, torch.cat(kls), scores, kl_coef)
+    measured = objective(batch, torch.cat(kls), scores, kl_coef)
+    batch = whitened(batch)
+    return batch if config.importance_cap is None else corrected(batch, config.importance_cap), measured
 
 
 def update(
@@ -136,6 +141,7 @@ def update(
 ) -> dict[str, float]:
     """Epochs of minibatches: one optimizer step each, its loss a mean over all of the minibatch's tokens."""
     sums, num_updates = Sums(), 0
+    first: list[tuple[Tensor, Tensor]] = []  # log-probs of the trainer and of the sampler, before any update
     for _ in range(config.epochs):
         moved = torch.zeros((), device=policy.device)  # KL(old || new), summed over minibatches
         for minibatch in rng.sample(batch, len(batch)):
@@ -152,13 +158,17 @@ def update(
                 moved += stats["approx_kl_k3"]
                 if num_updates == 0:
                     sums.add({"first_ratio_gap": losses.ratio_gap(new.logprobs, e.logprobs)})
+                    first.append((new.logprobs.detach(), e.sampled))
             if mix is not None:
                 sums.add({"ptx_loss": mix_in(policy, mix, optimizer.num_steps, config)})
             sums.add(optimizer.step())
             num_updates += 1
         if config.kl_stop is not None and moved.item() / len(batch) > config.kl_stop:
             break
-    return sums.take(num_updates, prefix="policy/") | {"policy/num_updates": num_updates}
+    gaps = Sums()
+    gaps.add(mismatch.measure(*map(torch.cat, zip(*first, strict=True))))
+    updated = sums.take(num_updates, prefix="policy/") | gaps.take(prefix="mismatch/")
+    return updated | {"policy/num_updates": num_updates}
 
 
 def mix_in(policy: Policy, mix: Sequence[Example], number: int, config: Config) -> Tensor:

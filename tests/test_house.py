@@ -31,7 +31,7 @@ LAYERS = """
     trunk
     weights cache lora
     attention
-    losses text
+    losses text mismatch
     rows curves options
     config metrics batch pictures page
 """

@@ -92,6 +92,8 @@ TURNS: dict[str, dict[str, Turn]] = {
         "temperature": Turn(0.5, "metrics"),
         "num_slots": Turn(2, "passes"),
         "old_logprobs": Turn("recompute", "passes"),
+        "mismatch_alarm": Turn(1e-12, "metrics"),
+        "importance_cap": Turn(0.5, "weights", {"old_logprobs": "recompute"}),
         "critic": Turn("detached", "weights"),
         "value_init": Turn("reward_model", "metrics", {"reward_model": "{reward_model}"}),
         "value_lr_scale": Turn(3.0, "weights"),

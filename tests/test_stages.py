@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests import toys
 from twinhead.engine import ppo, sft
-from twinhead.engine.batch import Example, pack
+from twinhead.engine.batch import Example, Rollout, pack
 from twinhead.engine.data import documents
 from twinhead.engine.evaluate import perplexity
+from twinhead.engine.generate import generate
 from twinhead.engine.policy import Policy, RewardModel
 from twinhead.engine.text import Text
 
@@ -160,7 +162,37 @@ def test_the_sampler_agrees_with_the_trainer(box: Box, lively: str, tmp_path: Pa
     for line in toys.metrics(run.dir):
         assert abs(line["policy/ratio_max"] - 1.0) < 1e-5
         assert line["policy/first_ratio_gap"] < 1e-5
+        assert 0 < line["mismatch/mean"] <= line["mismatch/p99"] <= line["mismatch/max"] < 1e-5
+        assert line["mismatch/kl"] < 1e-9 and line["mismatch/outside"] == 0.0
         assert line["policy/clipfrac"] == 0.0
+
+
+def test_a_sampler_that_is_off_is_noticed_and_corrected(
+    box: Box, lively: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A sampler that takes every token for e^0.3 times likelier than it is."""
+
+    def off(*arguments: Any, **settings: Any) -> list[Rollout]:
+        return [replace(r, logprobs=r.logprobs + 0.3) for r in generate(*arguments, **settings)]
+
+    monkeypatch.setattr(ppo, "generate", off)
+    found = {}
+    for name, options in {
+        "rollout": {},
+        "recompute": {"old_logprobs": "recompute", "mismatch_alarm": 0.5},
+        "capped": {"old_logprobs": "recompute", "importance_cap": 0.5},
+    }.items():
+        run = toys.train("ppo", box, tmp_path / name, model=lively, value_coef=0.0, **STILL, **options)
+        found[name] = toys.metrics(run.dir)[0]
+        warned = "sampler and trainer disagree by 3.0e-01 nats" in " ".join(capsys.readouterr().err.split())
+        assert warned == (name != "recompute")
+        assert found[name]["mismatch/mean"] == pytest.approx(0.3, abs=1e-4)
+        assert found[name]["mismatch/outside"] == 1.0
+    assert found["rollout"]["policy/ratio_max"] == pytest.approx(math.exp(-0.3), abs=1e-4)
+    assert found["recompute"]["policy/ratio_max"] == found["capped"]["policy/ratio_max"] == 1.0
+    # every token weighs min(e^-0.3, 0.5)
+    halved = found["recompute"]["policy/grad_norm"] / 2
+    assert found["capped"]["policy/grad_norm"] == pytest.approx(halved, rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", toys.TRAIN)
