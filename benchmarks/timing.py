@@ -17,6 +17,7 @@ import torch
 Run = Callable[[], object]
 
 SAMPLE_SECONDS = 1e-3  # a sample on the CPU repeats a quick call until it lasts this long
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of mallopt(3)
 FLUSH_BYTES = 256 << 20  # more than any GPU's second-level cache
 CLEAR = Path("/proc/self/clear_refs")  # writing 5 forgets the highest resident size (Linux, Documentation/proc.rst)
 STATUS = Path("/proc/self/status")
@@ -30,6 +31,19 @@ class Times:
     low: float  # lower quartile
     high: float  # upper quartile
     rounds: int
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed, for the rest of the process, as the allocators of GPUs do.
+
+    Otherwise every large result is fresh memory, which a kernel has to clear and a virtual machine has to get from its
+    host: up to 2 ms per MiB was seen, more than any of the measured operations takes, and whom it hits is chance.
+    """
+    if sys.platform.startswith("linux"):
+        library = ctypes.CDLL(None)
+        if hasattr(library, "mallopt"):
+            library.mallopt(M_MMAP_MAX, 0)
+            library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def interleaved(
