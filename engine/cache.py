@@ -78,8 +78,8 @@ class SlotCache(Cache):
         self.layout = layout
         return layout
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy a running sequence of `length` tokens into another slot."""
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy a sequence of `length` tokens into another slot."""
         for layer in self.layers:
             layer.keys[target, :, :length] = layer.keys[source, :, :length]
             layer.values[target, :, :length] = layer.values[source, :, :length]

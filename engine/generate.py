@@ -100,17 +100,28 @@ class _Decoder:
         if not free or not self.waiting:
             return
         arrivals = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
-        slots = list(range(first, first + len(arrivals)))
         self.running += arrivals
-        packed = pack([Example(self.prompts[i], []) for i in arrivals], self.policy.device)
-        hidden = self.policy.prefill(packed, self.cache, slots)
+        prompts = [tuple(self.prompts[i]) for i in arrivals]
         fresh = slice(first, first + len(arrivals))
-        self.length[fresh] = torch.tensor(packed.lengths, device=self.policy.device)
+        hidden = self._prefill(prompts, first)
+        self.length[fresh] = torch.tensor(list(map(len, prompts)), device=self.policy.device)
         self.count[fresh] = 0
         rows = torch.tensor(arrivals, device=self.policy.device)
         self.uniforms[fresh] = uniforms(self.sampling.seed, rows, self.sampling.max_new_tokens)
-        self.span = max(self.span, *packed.lengths)
+        self.span = max(self.span, *map(len, prompts))
         self._draw(hidden, fresh)
+
+    def _prefill(self, prompts: list[tuple[int, ...]], first: int) -> Tensor:
+        """The last hidden state of each prompt, read into the slots from `first` on; equal prompts are read once."""
+        slots: dict[tuple[int, ...], int] = {}
+        for slot, prompt in enumerate(prompts, first):
+            slots.setdefault(prompt, slot)
+        packed = pack([Example(list(prompt), []) for prompt in slots], self.policy.device)
+        hidden = dict(zip(slots, self.policy.prefill(packed, self.cache, list(slots.values())), strict=True))
+        for slot, prompt in enumerate(prompts, first):
+            if slot != slots[prompt]:
+                self.cache.copy(slots[prompt], slot, len(prompt))
+        return torch.stack([hidden[prompt] for prompt in prompts])
 
     def step(self) -> None:
         """Retire what has finished, then decode one token in every running slot."""
@@ -171,7 +182,7 @@ class _Decoder:
         """Move the last running row into `slot`, so that running rows stay a prefix of the buffers."""
         last = len(self.running) - 1
         if slot != last:
-            self.cache.move(last, slot, int(self.length[last]))
+            self.cache.copy(last, slot, int(self.length[last]))
             for buffer in (self.length, self.count, self.uniforms, self.tokens, self.logprobs, self.values):
                 buffer[slot] = buffer[last]
             self.running[slot] = self.running[last]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.models import MAX_LENGTH, PAD, VOCABULARY, ids, model
-from twinhead.engine.batch import Example, Rollout, pack
+from twinhead.engine.batch import Example, Packed, Rollout, pack
 from twinhead.engine.generate import Sampling, generate, uniforms
 from twinhead.engine.policy import Policy
 
@@ -316,3 +316,26 @@ def test_uniforms_are_uniform_and_independent() -> None:
     for a, b in (next_row, next_position, next_seed):
         assert abs(correlation(a, b)) < noise
     assert len(u.unique()) > 0.98 * u.numel()
+
+
+@pytest.mark.parametrize("num_slots", [16, 5])
+def test_equal_prompts_are_read_once(llama: Policy, num_slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of one prompt have its keys in common, and are what they are alone."""
+    prompts = [PROMPTS[i] for i in (1, 0, 1, 1, 3, 0, 1)]
+    read: list[int] = []
+    prefill = llama.prefill
+
+    def counted(packed: Packed, *others: Any) -> Tensor:
+        read.extend(packed.lengths)
+        return prefill(packed, *others)
+
+    monkeypatch.setattr(llama, "prefill", counted)
+    sampling = Sampling(max_new_tokens=NEW, num_slots=num_slots, seed=3, stop=(5, 6, 7, 8, 9, 10))
+    rollouts = generate(llama, prompts, sampling)
+    if num_slots == 16:
+        assert read == [len(PROMPTS[i]) for i in (1, 0, 3)]
+    alone = generate(llama, prompts, replace(sampling, num_slots=1))
+    assert [r.response for r in rollouts] == [r.response for r in alone]
+    assert len({tuple(r.response) for r in rollouts}) == len(prompts), "every sample has its own numbers"
+    for together, single in zip(rollouts, alone, strict=True):
+        torch.testing.assert_close(together.logprobs, single.logprobs, rtol=0, atol=1e-5)

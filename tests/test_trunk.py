@@ -62,7 +62,7 @@ def test_slots_of_different_length_decode_what_the_full_pass_says(architecture: 
         cache = policy.new_cache(4, 20)
         first = policy.prefill(pack([Example(SEQUENCES[3][:3], []), Example(SEQUENCES[1][:2], [])]), cache, [0, 1])
         torch.testing.assert_close(first, torch.stack([whole[3][2], whole[1][1]]), atol=1e-5, rtol=1e-5)
-        cache.move(1, 2, 2)  # the slot it leaves is refilled by another prompt
+        cache.copy(1, 2, 2)  # the slot it leaves is refilled by another prompt
         policy.prefill(pack([Example(SEQUENCES[0][:1], [])]), cache, [1])
         for step in (0, 1):
             at = torch.tensor([3, 1, 2]) + step
