@@ -45,6 +45,8 @@ class RunConfig:
     """Global norm that gradients are clipped to; 0 switches clipping off."""
     tokens_per_micro: int = 16384
     """Tokens in one forward and backward pass. A memory knob: it cannot change the gradient."""
+    gradient_checkpointing: bool = False
+    """Keep each layer's input alone and compute the layer again for the gradient: less memory, a third more work."""
     save_every: int = 0
     """Steps between checkpoints to resume from; 0: only at the end."""
     keep_checkpoints: int = 1

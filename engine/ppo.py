@@ -30,7 +30,7 @@ from twinhead.engine.policy import Policy
 from twinhead.engine.run import Run
 from twinhead.engine.scorers import RewardFunction, Scorer
 from twinhead.engine.text import Text
-from twinhead.engine.trunk import check_fit
+from twinhead.engine.trunk import check_fit, checkpoint_gradients
 from twinhead.kernels import gae, ppo_loss
 
 Config = options.PPO
@@ -90,6 +90,8 @@ def load(config: Config, run: Run, text: Text, functions: Sequence[RewardFunctio
     """The policy to train, the reference it is held to, and the source of its rewards."""
     dtype, device = config.torch_dtype, config.torch_device
     policy = Policy.from_pretrained(run.resume_from or config.model, config.critic, dtype, device)
+    if config.gradient_checkpointing:
+        checkpoint_gradients(policy.model)
     reference = Policy.from_pretrained(config.model, "none", dtype, device).requires_grad_(False).eval()
     judge = scorers.load_reward_model(config.reward_model, text, dtype, device) if config.reward_model else None
     if config.value_init == "reward_model" and weights.load_head(run.resume_from or config.model) is None:

@@ -19,7 +19,7 @@ from twinhead.engine.policy import RewardModel
 from twinhead.engine.run import Run
 from twinhead.engine.scorers import model_scores
 from twinhead.engine.text import Text
-from twinhead.engine.trunk import check_fit
+from twinhead.engine.trunk import check_fit, checkpoint_gradients
 
 Config = options.Reward
 
@@ -41,6 +41,8 @@ def train(config: Config) -> Run:
     model = load(run, config)
     ranked = [example for comparison in [*train_set, *(eval_set or [])] for example in comparison.examples]
     check_fit(model.model, [*ranked, *demonstrations])
+    if config.gradient_checkpointing:
+        checkpoint_gradients(model.model)
     order = Order(len(train_set), config.batch_size, config.seed)
     total = order.steps(config.epochs)
     optimizer = Optimizer(model, config, total)

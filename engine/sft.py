@@ -18,7 +18,7 @@ from twinhead.engine.optim import Optimizer
 from twinhead.engine.policy import Policy
 from twinhead.engine.run import Run
 from twinhead.engine.text import Text
-from twinhead.engine.trunk import check_fit
+from twinhead.engine.trunk import check_fit, checkpoint_gradients
 
 Config = options.SFT
 PretrainConfig = options.Pretrain
@@ -50,6 +50,8 @@ def _fit(
     run.say(train_set.summary())
     policy = Policy.from_pretrained(start, "none", config.torch_dtype, config.torch_device)
     check_fit(policy.model, [*train_set, *(eval_set or [])])
+    if config.gradient_checkpointing:
+        checkpoint_gradients(policy.model)
     order = Order(len(train_set), config.batch_size, config.seed)
     total = config.steps or order.steps(config.epochs)
     optimizer = Optimizer(policy, config, total)

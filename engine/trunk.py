@@ -52,6 +52,17 @@ def adopt(model: PreTrainedModel) -> None:
     self_check(model)
 
 
+def checkpoint_gradients(model: PreTrainedModel) -> None:
+    """From here on training passes keep each layer's input and compute the rest again (arXiv 1604.06174).
+
+    Raises ValueError for an architecture that cannot.
+    """
+    # transformers 5.17 knows the old name alone, and its successors warn of it
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.train()  # transformers checkpoints in training mode alone; nothing else depends on it, see adopt
+
+
 def packed_pass(
     model: PreTrainedModel, packed: Packed, cache: SlotCache | None = None, slots: list[int] | None = None
 ) -> Tensor:

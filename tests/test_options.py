@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import toys
-from twinhead.engine import trunk
+from twinhead.engine import attention, trunk
 from twinhead.engine.config import RunConfig
 
 Box = dict[str, str]
@@ -26,7 +26,7 @@ class Traces:
     metrics: list[dict[str, Any]]
     weights: dict[str, list[float]]
     files: list[str]
-    passes: list[int]  # tokens of every pass through the trunk
+    passes: list[int]  # tokens of every pass through the trunk, and of every layer's attention
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ RUN = {
     "adam_eps": Turn(0.01, "weights"),
     "max_grad_norm": Turn(0.01, "weights", {"adam_eps": 0.01}),
     "tokens_per_micro": Turn(20, "passes"),
+    "gradient_checkpointing": Turn(True, "passes"),
     "save_every": Turn(1, "files", {"keep_checkpoints": 9}),
     "keep_checkpoints": Turn(2, "files", {"save_every": 1}),
     "tensorboard": Turn(True, "files"),
@@ -147,15 +148,20 @@ def traces(box: Box, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
 
 def traced(stage: str, box: Box, folder: Path, changes: dict[str, Any]) -> Traces:
     passes: list[int] = []
-    forward = trunk._forward
+    forward, ragged = trunk._forward, attention._ragged
 
     def counted(model: Any, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
         passes.append(tokens.numel())
         return forward(model, tokens, *rest)
 
+    def attended(query: torch.Tensor, *rest: Any) -> torch.Tensor:
+        passes.append(query.shape[2])
+        return ragged(query, *rest)
+
     evaluate = {"evaluate": lambda policy: {"answer": 42.0}} if stage == "ppo" else {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trunk, "_forward", counted)
+        patch.setattr(attention, "_ragged", attended)
         given = {name: toys.filled(value, box) for name, value in changes.items()}
         toys.train(stage, box, folder, **evaluate, **given)
     weights = {name: tensor.flatten().tolist() for name, tensor in load_file(folder / "model.safetensors").items()}

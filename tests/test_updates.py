@@ -19,6 +19,7 @@ from twinhead.engine.evaluate import perplexity
 from twinhead.engine.generate import Sampling, generate
 from twinhead.engine.optim import Optimizer
 from twinhead.engine.policy import Policy, RewardModel
+from twinhead.engine.trunk import checkpoint_gradients
 
 PROMPTS = ids((3, 1, 7, 2, 5, 4, 6, 2))
 Gradients = dict[str, Tensor]
@@ -155,3 +156,21 @@ def test_logits_that_are_built_are_seen() -> None:
     with Watch() as watch:
         trained.logits(trained.hidden(packed)[packed.rows])
     assert watch.largest == num_logits
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_checkpointing_keeps_less_and_changes_no_gradient(architecture: str) -> None:
+    batch, _ = long_examples()
+    taken, kept = [], []
+    for prepare in (lambda model: None, checkpoint_gradients):
+        trained = policy(architecture, "none")
+        prepare(trained.model)
+        recorder, sizes = Recorder(trained), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            sft.update(trained, recorder, batch, sft.Config(model="m", data="d"))
+        taken.append(recorder.taken[0])
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 2
+    assert taken[1].keys() == taken[0].keys()
+    for name, gradient in taken[0].items():
+        torch.testing.assert_close(taken[1][name], gradient, rtol=1e-5, atol=1e-7)
