@@ -23,6 +23,14 @@ def main() -> None:
         from benchmarks import kernels
 
         kernels.main(given.device, given.op, given.quick, given.results, given.minutes)
+    elif given.command in ("generate", "train"):
+        import transformers
+
+        from benchmarks import rollouts, updates
+
+        transformers.logging.set_verbosity_error()
+        chosen = rollouts if given.command == "generate" else updates
+        chosen.main(given.device, given.quick, given.results, given.minutes)
     elif given.command == "peers":
         from benchmarks import peers
 
@@ -45,14 +53,21 @@ def parsed() -> argparse.Namespace:
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of the runs; they resume")
     options.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON and pictures")
-    options = commands.add_parser("kernels", help="how fast are the kernels, beside torch, torch.compile and the peers")
-    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    options.add_argument("--op", nargs="+", default=[], metavar="NAME", help="only these functions")
-    options.add_argument(
-        "--quick", action="store_true", help="small shapes: shows that everything runs, measures nothing"
-    )
-    options.add_argument("--minutes", type=float, help="begin no further case after so many")
-    options.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON and pictures")
+    timed = {
+        "kernels": "how fast are the kernels, beside torch, torch.compile and the peers",
+        "generate": "how fast are rollouts, beside three ways of transformers to decode",
+        "train": "how fast is a training step on ragged sequences, beside transformers padded and packed",
+    }
+    for name, help in timed.items():
+        options = commands.add_parser(name, help=help)
+        options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        if name == "kernels":
+            options.add_argument("--op", nargs="+", default=[], metavar="NAME", help="only these functions")
+        options.add_argument(
+            "--quick", action="store_true", help="small shapes: shows that everything runs, measures nothing"
+        )
+        options.add_argument("--minutes", type=float, help="begin no further case after so many")
+        options.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON and pictures")
     commands.add_parser("peers", help="install the packages to compare with, into a folder of their own")
     options = commands.add_parser("gpu", help="from a bare checkout: build, test and measure on a GPU, in 8 minutes")
     options.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: a rehearsal on small shapes")

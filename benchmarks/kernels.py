@@ -7,12 +7,8 @@ memory of each. What is written: `kernels_<device>.json`, rewritten after every 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +20,12 @@ from rich.table import Table
 from benchmarks import cases, gate, providers
 from benchmarks.cases import Case, Problem
 from benchmarks.contender import EAGER, OURS
+from benchmarks.machine import surroundings
 from benchmarks.peers import Missing
-from benchmarks.timing import Run, Times, interleaved, peak_memory
+from benchmarks.timing import Run, Times, interleaved, keep_freed_memory, peak_memory
 
 LIMIT = "limit"
 SECONDS = {"cpu": 15.0, "cuda": 4.0}  # of rounds per case
-ROOT = Path(__file__).parent.parent
 
 
 def main(device: str, ops: Sequence[str], quick: bool, results: Path, minutes: float | None = None) -> None:
@@ -40,6 +36,7 @@ def main(device: str, ops: Sequence[str], quick: bool, results: Path, minutes: f
     """
     if unknown := set(ops) - set(providers.OPS):
         raise SystemExit(f"no function {', '.join(sorted(unknown))}, expected some of {', '.join(providers.OPS)}")
+    keep_freed_memory()
     start, console = time.monotonic(), Console()
     chosen = [case for case in cases.cases(device, quick) if not ops or case.op in ops]
     results.mkdir(parents=True, exist_ok=True)
@@ -170,46 +167,3 @@ def draw(found: dict[str, Any], results: Path, console: Console) -> None:
         console.print(f"no pictures: {missing}; `python -m benchmarks readme` draws them from the JSON elsewhere")
     else:
         chart.main(found, results)
-
-
-def surroundings(device: str) -> dict[str, Any]:
-    """The machine, the versions and the commit that the numbers belong to."""
-    machine = {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        machine |= {"gpu": properties.name, "gpu_bytes": properties.total_memory}
-    names = ("torch", "triton", "numpy", "transformers")
-    return {
-        "device": device,
-        "machine": machine,
-        "versions": {"python": platform.python_version()} | {name: v for name in names if (v := _version(name))},
-        "commit": _commit(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit, with "+" if files differ from it; None outside a repository or without git."""
-    try:
-        git = [
-            subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-            for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return git[0] + "+" * bool(git[1])

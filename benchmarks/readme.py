@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ def main(readme: Path, results: Path) -> None:
     measured = {device: found.get(f"kernels_{device}") for device in ("cpu", "cuda")}
     if any(measured.values()):
         tables["kernels"] = kernels(measured)
+    for name in ("generate", "train"):
+        if any(raced := [found.get(f"{name}_{device}") for device in ("cpu", "cuda")]):
+            tables[name] = race(raced)
     for name, lines in tables.items():
         start, end = f"<!-- {name} table -->", f"<!-- /{name} table -->"
         if start not in text or end not in text:
@@ -95,11 +99,44 @@ def kernels(measured: dict[str, dict[str, Any] | None]) -> list[str]:
             lines += [f"| `{op}` | {first[op]} | {UNMEASURED} | | | | | |" for op in OPS]
             continue
         lines += [_kernel(case) for case in sorted(found["cases"], key=lambda case: OPS.index(case["op"]))]
-        machine, versions = found["machine"], found["versions"]
-        where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}"
-        shrunk = " Small shapes: these show that everything runs, and measure nothing." * found["quick"]
-        notes.append(f"{where}, torch {versions['torch']}, commit {found['commit']}, {found['date']}.{shrunk}")
+        notes.append(_where(found, "torch"))
     return [*lines, "", *notes]
+
+
+def race(measured: Sequence[dict[str, Any] | None]) -> list[str]:
+    """One row per case: everybody's tokens per second, and our memory beside the baseline's; CPU first, then CUDA."""
+    first = next(filter(None, measured))
+    columns, baseline = first["columns"], first["baseline"]
+    ours = columns[0]
+    heads = ["tokens per second", *columns, f"{ours} / {baseline}", "a step", f"MiB, {ours} / {baseline}"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for found in measured:
+        if found is None:
+            lines.append(f"| {UNMEASURED} |{' |' * (len(heads) - 1)}")
+        else:
+            lines += [_raced(case, columns, baseline) for case in found["cases"]]
+    return [*lines, "", *(_where(found, "torch", "transformers") for found in filter(None, measured))]
+
+
+def _raced(case: dict[str, Any], columns: Sequence[str], baseline: str) -> str:
+    timed = {row["name"]: row for row in case["rows"] if "milliseconds" in row}
+    ours, theirs = timed.get(columns[0]), timed.get(baseline)
+    speeds = [f"{timed[name]['tokens_per_second']:,.0f}" if name in timed else "–" for name in columns]
+    step = None if ours is None else ours["step_milliseconds"]
+    cells = [
+        case["title"], f"**{speeds[0]}**", *speeds[1:], f"{ours['speedup']:.2f}" if ours and theirs else "–",
+        "–" if step is None else duration(step), " / ".join(map(_mebibytes, (ours, theirs))),
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def _where(found: dict[str, Any], *packages: str) -> str:
+    """The machine, versions, commit and date of a result."""
+    machine, versions = found["machine"], found["versions"]
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    named = ", ".join(f"{package} {versions[package]}" for package in packages)
+    shrunk = " Small shapes: these show that everything runs, and measure nothing." * found["quick"]
+    return f"{where}, {named}, commit {found['commit']}, {found['date']}.{shrunk}"
 
 
 def _kernel(case: dict[str, Any]) -> str:

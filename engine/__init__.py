@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from twinhead.engine import ppo, reward, sft
 from twinhead.engine.batch import Example, Packed, Rollout, pack
-from twinhead.engine.generate import Sampling, generate
+from twinhead.engine.generate import Sampling, generate, stream
 from twinhead.engine.policy import Policy, RewardModel, Scored
 from twinhead.engine.text import Text
 
@@ -22,4 +22,5 @@ __all__ = [
     "ppo",
     "reward",
     "sft",
+    "stream",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -53,21 +53,31 @@ def generate(
     called with the number of rows finished so far. Raises ValueError for an empty prompt, an id outside the
     vocabulary, or a prompt that leaves no room under the model's maximum length.
     """
+    rollouts: dict[int, Rollout] = {}
+    with policy.generating():
+        for finished in stream(policy, prompts, sampling):
+            rollouts |= finished
+            if on_finished is not None:
+                on_finished(len(rollouts))
+    return [rollouts[i] for i in range(len(prompts))]
+
+
+def stream(policy: Policy, prompts: list[list[int]], sampling: Sampling | None = None) -> Iterator[dict[int, Rollout]]:
+    """The rollouts of generate as they come, by the number of their prompt: those that ended with the same token.
+
+    Between two of them the policy is in the caller's mode and may score, but must not learn: the other rows are
+    unfinished. Raises ValueError as generate does, before the first one.
+    """
     sampling = sampling or Sampling()
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {i}: expected at least one token, got none")
     check_fit(policy.model, [Example(prompt, []) for prompt in prompts], sampling.max_new_tokens)
-    if not prompts:
-        return []
-    with policy.generating():
-        decoder = _Decoder(policy, prompts, sampling)
-        while decoder.busy:
-            decoder.refill()
-            decoder.step()
-            if on_finished is not None:
-                on_finished(len(decoder.rollouts))
-    return [decoder.rollouts[i] for i in range(len(prompts))]
+    decoder = _Decoder(policy, prompts, sampling) if prompts else None
+    while decoder is not None and decoder.busy:
+        with policy.generating():
+            finished = decoder.advance()
+        yield finished
 
 
 class _Decoder:
@@ -78,7 +88,7 @@ class _Decoder:
         stop = policy.eos_ids if sampling.stop is None else sampling.stop
         self.stop = torch.tensor(stop, dtype=torch.int64, device=policy.device)
         self.waiting = list(range(len(prompts)))[::-1]
-        self.rollouts: dict[int, Rollout] = {}
+        self.finished: dict[int, Rollout] = {}  # since the last advance
         slots, device, n = min(len(prompts), sampling.num_slots), policy.device, sampling.max_new_tokens
         self.cache = policy.new_cache(slots, max(map(len, prompts)) + n)
         self.running: list[int] = []  # (slots,) the prompt that each slot is answering
@@ -93,6 +103,14 @@ class _Decoder:
     @property
     def busy(self) -> bool:
         return bool(self.waiting or self.running)
+
+    def advance(self) -> dict[int, Rollout]:
+        """Decode until some rows have finished: these, by the number of their prompt."""
+        while self.busy and not self.finished:
+            self.refill()
+            self.step()
+        finished, self.finished = self.finished, {}
+        return finished
 
     def refill(self) -> None:
         """Prefill waiting prompts, packed together, into the free slots, and draw their first tokens."""
@@ -170,7 +188,7 @@ class _Decoder:
 
     def _record(self, slot: int, count: int, stopped: bool) -> None:
         index = self.running[slot]
-        self.rollouts[index] = Rollout(
+        self.finished[index] = Rollout(
             prompt=self.prompts[index],
             response=self.tokens[slot, :count].tolist(),
             logprobs=self.logprobs[slot, :count].clone(),

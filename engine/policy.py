@@ -150,14 +150,17 @@ class Policy(nn.Module):
 
     @contextmanager
     def generating(self) -> Iterator[None]:
-        """Evaluation mode without gradients; the mode of before is restored on exit, also after an exception."""
-        was_training = self.training
-        self.eval()
+        """Evaluation mode without gradients; the modes of before are restored on exit, also after an exception."""
+        modes = self.training, self.model.training
+        if any(modes):  # to change it takes a walk over all modules
+            self.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.train(was_training)
+            if any(modes):
+                self.train(modes[0])
+                self.model.train(modes[1])
 
     def frozen_copy(self) -> Policy:
         """The reference policy: the same weights as of now, without a critic, never trained."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.models import MAX_LENGTH, PAD, VOCABULARY, ids, model
 from twinhead.engine.batch import Example, Packed, Rollout, pack
-from twinhead.engine.generate import Sampling, generate, uniforms
+from twinhead.engine.generate import Sampling, generate, stream, uniforms
 from twinhead.engine.policy import Policy
 
 PROMPTS = ids((3, 11, 1, 7, 2, 9, 5))
@@ -339,3 +339,29 @@ def test_equal_prompts_are_read_once(llama: Policy, num_slots: int, monkeypatch:
     assert len({tuple(r.response) for r in rollouts}) == len(prompts), "every sample has its own numbers"
     for together, single in zip(rollouts, alone, strict=True):
         torch.testing.assert_close(together.logprobs, single.logprobs, rtol=0, atol=1e-5)
+
+
+def test_a_stream_yields_rollouts_as_they_finish(llama: Policy) -> None:
+    sampling = replace(SAMPLED, num_slots=3)
+    expected, found = generate(llama, PROMPTS, sampling), {}
+    llama.train()
+    for finished in stream(llama, PROMPTS, sampling):
+        assert finished and not found.keys() & finished.keys()
+        assert llama.training and llama.model.training and torch.is_grad_enabled()
+        found |= finished
+    assert [found[i].response for i in range(len(PROMPTS))] == [r.response for r in expected]
+    order = [len(found[i].response) for i in found]
+    assert order != [len(r.response) for r in expected], "short ones come before long ones"
+
+
+def test_generating_gives_every_mode_back(llama: Policy) -> None:
+    def interrupted() -> None:
+        assert not llama.training and not llama.model.training and not torch.is_grad_enabled()
+        raise KeyError
+
+    for outer, inner in ((True, False), (False, True), (True, True), (False, False)):
+        llama.train(outer)
+        llama.model.train(inner)
+        with pytest.raises(KeyError), llama.generating():
+            interrupted()
+        assert (llama.training, llama.model.training) == (outer, inner) and torch.is_grad_enabled()
