@@ -22,7 +22,7 @@ def main() -> None:
     elif given.command == "kernels":
         from benchmarks import kernels
 
-        kernels.main(given.device, given.op, given.quick, given.results, given.minutes)
+        kernels.main(given.device, given.op, given.quick, given.results, given.minutes, given.keep_memory)
     elif given.command in ("generate", "train"):
         import transformers
 
@@ -63,6 +63,11 @@ def parsed() -> argparse.Namespace:
         options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         if name == "kernels":
             options.add_argument("--op", nargs="+", default=[], metavar="NAME", help="only these functions")
+            options.add_argument(
+                "--keep_memory",
+                action="store_true",
+                help="let the C library keep freed memory, as no process does by itself",
+            )
         options.add_argument(
             "--quick", action="store_true", help="small shapes: shows that everything runs, measures nothing"
         )

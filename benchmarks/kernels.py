@@ -28,19 +28,28 @@ LIMIT = "limit"
 SECONDS = {"cpu": 15.0, "cuda": 4.0}  # of rounds per case
 
 
-def main(device: str, ops: Sequence[str], quick: bool, results: Path, minutes: float | None = None) -> None:
+def main(
+    device: str,
+    ops: Sequence[str],
+    quick: bool,
+    results: Path,
+    minutes: float | None = None,
+    keep_memory: bool = False,
+) -> None:
     """Measure the cases of `ops` (none: all), print a table for each, write JSON and pictures into `results`.
 
+    With `keep_memory` see keep_freed_memory; its results stand apart, in kernels_DEVICE_kept.json, without pictures.
     After `minutes` no further case is begun; the JSON lists what was left out. Raises SystemExit for an unknown name,
     and at the end if one of our own answers was wrong or failed.
     """
     if unknown := set(ops) - set(providers.OPS):
         raise SystemExit(f"no function {', '.join(sorted(unknown))}, expected some of {', '.join(providers.OPS)}")
-    keep_freed_memory()
+    if keep_memory:
+        keep_freed_memory()
     start, console = time.monotonic(), Console()
     chosen = [case for case in cases.cases(device, quick) if not ops or case.op in ops]
     results.mkdir(parents=True, exist_ok=True)
-    path = results / f"kernels_{device}.json"
+    path = results / f"kernels_{device}{'_kept' if keep_memory else ''}.json"
     found: dict[str, Any] = {**surroundings(device), "quick": quick, "cases": [], "left_out": []}
     for case in chosen:
         if minutes is not None and time.monotonic() - start > 60 * minutes:
@@ -50,7 +59,8 @@ def main(device: str, ops: Sequence[str], quick: bool, results: Path, minutes: f
             found["cases"].append(measure(case, torch.device(device), 0.5 if quick else SECONDS[device]))
             show(found["cases"][-1], console)
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    draw(found, results, console)
+    if not keep_memory:
+        draw(found, results, console)
     if broken := [
         f"{c['op']}, {c['title']}: {r['provider']}" for c in found["cases"] for r in c["rows"] if ours_broke(r)
     ]:

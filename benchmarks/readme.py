@@ -27,7 +27,7 @@ def main(readme: Path, results: Path) -> None:
     tables = {name: table(found[name]) for name, table in (("demo", demo), ("quality", quality)) if name in found}
     measured = {device: found.get(f"kernels_{device}") for device in ("cpu", "cuda")}
     if any(measured.values()):
-        tables["kernels"] = kernels(measured)
+        tables["kernels"] = kernels(measured, found.get("kernels_cpu_kept"))
     for name in ("generate", "train"):
         if any(raced := [found.get(f"{name}_{device}") for device in ("cpu", "cuda")]):
             tables[name] = race(raced)
@@ -86,19 +86,24 @@ def _row(name: str, seed: str, accuracy: float, point: dict[str, float]) -> str:
     return f"| {name} | {seed} | {accuracy:.2f} | {point['step']} | {numbers} |"
 
 
-def kernels(measured: dict[str, dict[str, Any] | None]) -> list[str]:
-    """One row per case: ours beside eager, torch.compile and the fastest other; what was not measured says so."""
+def kernels(measured: dict[str, dict[str, Any] | None], kept: dict[str, Any] | None) -> list[str]:
+    """One row per case: ours beside eager, torch.compile and the fastest other; what was not measured says so.
+
+    `kept` is the same on the CPU with freed memory kept: how many times faster we are there stands in brackets.
+    """
     lines = [
         "| function | case | ours | of the limit | eager | torch.compile | fastest other | memory, ours / eager |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    again = {(case["op"], case["title"]): case for case in kept["cases"]} if kept is not None else {}
     notes = []
     for device, found in measured.items():
         if found is None:
             first = {case.op: case.title for case in reversed(cases.cases(device))}
             lines += [f"| `{op}` | {first[op]} | {UNMEASURED} | | | | | |" for op in OPS]
             continue
-        lines += [_kernel(case) for case in sorted(found["cases"], key=lambda case: OPS.index(case["op"]))]
+        for case in sorted(found["cases"], key=lambda case: OPS.index(case["op"])):
+            lines.append(_kernel(case, again.get((case["op"], case["title"])) if device == "cpu" else None))
         notes.append(_where(found, "torch"))
     return [*lines, "", *notes]
 
@@ -139,18 +144,32 @@ def _where(found: dict[str, Any], *packages: str) -> str:
     return f"{where}, {named}, commit {found['commit']}, {found['date']}.{shrunk}"
 
 
-def _kernel(case: dict[str, Any]) -> str:
-    timed = {row["provider"]: row for row in case["rows"] if "milliseconds" in row}
-    ours = next((timed[OURS[backend]] for backend in ("triton", "cpu", "torch") if OURS[backend] in timed), None)
-    peers = [row for name, row in timed.items() if name not in (EAGER, COMPILED, *OURS.values())]
-    best = min(peers, key=lambda row: row["milliseconds"], default=None)
+def _kernel(case: dict[str, Any], again: dict[str, Any] | None) -> str:
+    timed, kept = _timed(case), {} if again is None else _timed(again)
+    ours = _ours(timed)
+    peers = [name for name in timed if name not in (EAGER, COMPILED, *OURS.values())]
+    best = min(peers, key=lambda name: timed[name]["milliseconds"], default="")
+
+    def beside(name: str) -> str:
+        ratio = f" ({kept[name]['milliseconds'] / _ours(kept)['milliseconds']:.1f})" if name in kept else ""
+        return f"{_time(timed.get(name))}{ratio}"
+
     memory = " / ".join(_mebibytes(row) for row in (ours, timed.get(EAGER)))
     cells = [
         f"`{case['op']}`", case["title"], f"**{_time(ours)}**", f"{ours['of_limit']:.0%}" if ours else "–",
-        _time(timed.get(EAGER)), _time(timed.get(COMPILED)),
-        f"{_time(best)} ({best['provider']})" if best else "–", f"{memory} MiB",
+        beside(EAGER), beside(COMPILED), f"{best} {beside(best)}" if best else "–", f"{memory} MiB",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
+
+
+def _timed(case: dict[str, Any]) -> dict[str, Any]:
+    """The rows that have a time, by provider."""
+    return {row["provider"]: row for row in case["rows"] if "milliseconds" in row}
+
+
+def _ours(timed: dict[str, Any]) -> Any:
+    """The row of our fastest kind of backend; None where none was timed."""
+    return next((timed[OURS[backend]] for backend in ("triton", "cpu", "torch") if OURS[backend] in timed), None)
 
 
 def _time(row: dict[str, Any] | None) -> str:

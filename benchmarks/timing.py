@@ -36,8 +36,8 @@ class Times:
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed, for the rest of the process, as the allocators of GPUs do.
 
-    Otherwise every large result is fresh memory, which a kernel has to clear and a virtual machine has to get from its
-    host: up to 2 ms per MiB was seen, more than any of the measured operations takes, and whom it hits is chance.
+    Otherwise every large result is fresh memory, as in any process that does not ask for this: Linux has to clear it,
+    and a virtual machine to get it from its host. Up to 2 ms per MiB were seen.
     """
     if sys.platform.startswith("linux"):
         library = ctypes.CDLL(None)

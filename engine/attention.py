@@ -39,6 +39,14 @@ class Slots:
     positions: Tensor  # (B,) int64, where the new token goes
     span: int  # keys to read: max(positions) + 1, known on the host
     masks: dict[int | None, Tensor] = field(default_factory=dict)
+    rows: dict[int, Tensor] = field(default_factory=dict)
+
+    def places(self, heads: int, capacity: int) -> Tensor:
+        """(B * heads,) where the new token's vectors go among all vectors of a buffer (slots, heads, capacity, D)."""
+        if heads not in self.rows:
+            pairs = torch.arange(len(self.positions) * heads, device=self.positions.device) * capacity
+            self.rows[heads] = pairs + self.positions.repeat_interleave(heads)
+        return self.rows[heads]
 
     def mask(self, window: int | None) -> Tensor:
         """(B, 1, 1, span) bool: True where a key may be read."""

@@ -32,14 +32,15 @@ class SlotLayer(CacheLayerMixin):
         """Write the new tokens where the owner's layout says; return what attention reads."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, columns = self.owner.rows, self.owner.columns
         if isinstance(self.owner.layout, Ragged):  # prefill: prompts attend to themselves, packed
+            rows, columns = self.owner.rows, self.owner.columns
             self.keys[rows, :, columns] = key_states[0].transpose(0, 1)
             self.values[rows, :, columns] = value_states[0].transpose(0, 1)
             return key_states, value_states
-        self.keys[rows, :, columns] = key_states[:, :, 0]
-        self.values[rows, :, columns] = value_states[:, :, 0]
-        batch, span = len(rows), self.owner.layout.span
+        for memory, states in ((self.keys, key_states), (self.values, value_states)):
+            places = self.owner.layout.places(memory.shape[1], self.owner.capacity)
+            memory.view(-1, memory.shape[-1]).index_copy_(0, places, states.reshape(-1, memory.shape[-1]))
+        batch, span = len(key_states), self.owner.layout.span
         return self.keys[:batch, :, :span], self.values[:batch, :, :span]
 
     def get_seq_length(self) -> int:
@@ -59,8 +60,8 @@ class SlotCache(Cache):
     def __init__(self, num_layers: int, num_slots: int, capacity: int) -> None:
         self.num_slots, self.capacity = num_slots, capacity
         self.layout: Ragged | Slots
-        self.rows: Tensor
-        self.columns: Tensor
+        self.rows: Tensor  # of a prefill: the slot of every token,
+        self.columns: Tensor  # and its place in it
         super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
 
     def prefill(self, slots: Sequence[int], lengths: Sequence[int], device: torch.device) -> Ragged:
@@ -73,9 +74,7 @@ class SlotCache(Cache):
 
     def decode(self, positions: Tensor, span: int) -> Slots:
         """The next forward carries one token for each of the slots 0..len(positions)-1, written at `positions`."""
-        layout = Slots(positions, span)
-        self.rows, self.columns = torch.arange(len(positions), device=positions.device), positions
-        self.layout = layout
+        self.layout = layout = Slots(positions, span)
         return layout
 
     def copy(self, source: int, target: int, length: int) -> None:

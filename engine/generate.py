@@ -94,10 +94,15 @@ class _Decoder:
         self.running: list[int] = []  # (slots,) the prompt that each slot is answering
         self.length = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens in the cache
         self.count = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens drawn
+        self.last = torch.zeros(slots, dtype=torch.int64, device=device)  # the newest token
+        self.first = torch.arange(slots, device=device) * n  # where a slot's numbers begin in the next four
         self.uniforms = torch.empty(slots, n, device=device)
         self.tokens = torch.zeros(slots, n, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(slots, n, device=device)
         self.values = torch.zeros(slots, n, device=device)
+        self.buffers = (
+            self.length, self.count, self.last, self.uniforms, self.tokens, self.logprobs, self.values,
+        )  # fmt: skip
         self.span = 0  # the longest length, kept on the host
 
     @property
@@ -147,36 +152,34 @@ class _Decoder:
         batch = len(self.running)
         if not batch or (self.waiting and batch < len(self.length)):
             return  # nothing to decode, or the freed slots refill first
-        rows = torch.arange(batch, device=self.length.device)
-        tokens, positions = self.tokens[rows, self.count[:batch] - 1], self.length[:batch].clone()
+        tokens, positions = self.last[:batch], self.length[:batch].clone()
         self.span += 1
         self.length[:batch] += 1
         self._draw(self.policy.decode(tokens, positions, self.span, self.cache), slice(0, batch))
 
     def _draw(self, hidden: Tensor, where: slice) -> None:
         """Sample the next token of these slots; its log-prob and the state's value come from the same hidden state."""
-        s, count = self.sampling, self.count[where]
-        rows = torch.arange(where.start, where.stop, device=hidden.device)
+        s, place = self.sampling, self.first[where] + self.count[where]
         tokens, logprobs = sample(
             self.policy.logits(hidden),
-            self.uniforms[rows, count],
+            self.uniforms.view(-1)[place],
             temperature=s.temperature,
             top_k=s.top_k,
             top_p=s.top_p,
             min_p=s.min_p,
         )
-        self.tokens[rows, count] = tokens
-        self.logprobs[rows, count] = logprobs
+        self.last[where] = tokens
+        self.tokens.view(-1).index_copy_(0, place, tokens)
+        self.logprobs.view(-1).index_copy_(0, place, logprobs.to(self.logprobs.dtype))
         values = self.policy.values(hidden)
         if values is not None:
-            self.values[rows, count] = values
-        self.count[where] = count + 1
+            self.values.view(-1).index_copy_(0, place, values)
+        self.count[where] += 1
 
     def _retire(self) -> None:
         """Turn finished rows into rollouts and close the gaps that they leave."""
         batch = len(self.running)
-        last = self.tokens[torch.arange(batch, device=self.tokens.device), self.count[:batch] - 1]
-        stopped = torch.isin(last, self.stop)
+        stopped = torch.isin(self.last[:batch], self.stop)
         done = stopped | (self.count[:batch] == self.sampling.max_new_tokens)
         if not (finished := done.nonzero().squeeze(1).tolist()):
             return
@@ -201,7 +204,7 @@ class _Decoder:
         last = len(self.running) - 1
         if slot != last:
             self.cache.copy(last, slot, int(self.length[last]))
-            for buffer in (self.length, self.count, self.uniforms, self.tokens, self.logprobs, self.values):
+            for buffer in self.buffers:
                 buffer[slot] = buffer[last]
             self.running[slot] = self.running[last]
         self.running.pop()

@@ -133,7 +133,7 @@ class Policy(nn.Module):
         self.value_head.bias.fill_(-reward_model.mean)
 
     def logits(self, rows: Tensor) -> Tensor:
-        """(B, H) -> (B, V) float32, for the sampler alone: training never builds them."""
+        """(B, H) -> (B, V), for the sampler alone: training never builds them."""
         head = self._head()
         return self.logit_transform(F.linear(rows, head.weight, getattr(head, "bias", None)))
 

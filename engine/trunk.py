@@ -30,9 +30,9 @@ class LogitTransform:
         return cls(scale, getattr(config, "final_logit_softcapping", None))  # Gemma 2
 
     def __call__(self, logits: Tensor) -> Tensor:
-        logits = logits.float()
-        if self.scale != 1.0:
-            logits = logits * self.scale
+        if self.scale == 1.0 and self.softcap is None:
+            return logits
+        logits = logits.float() * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
