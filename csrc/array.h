@@ -15,6 +15,13 @@ inline void expect(bool holds, const std::string& sentence) {
   if (!holds) throw std::invalid_argument(sentence);
 }
 
+inline void expect_length(const char* op, const char* name, std::int64_t expected, std::int64_t got) {
+  if (expected != got) {
+    throw std::invalid_argument(std::string(op) + ": expected " + name + " of length " + std::to_string(expected) +
+                                ", got " + std::to_string(got));
+  }
+}
+
 // A one-dimensional array that belongs to somebody else; data is null where an optional array was not given.
 template <typename T>
 struct Array {

@@ -7,20 +7,15 @@ namespace py = pybind11;
 namespace twinhead {
 namespace {
 
-std::string lengths(const char* name, std::int64_t expected, std::int64_t got) {
-  return std::string("gae: expected ") + name + " of length " + std::to_string(expected) + ", got " +
-         std::to_string(got);
-}
-
 template <typename T>
 void expect_consistent(const GaeArrays<T>& arrays, int threads) {
   const std::int64_t total = arrays.rewards.size, runs = arrays.offsets.size - 1;
-  expect(arrays.values.size == total, lengths("values", total, arrays.values.size));
-  expect(arrays.advantages.size == total, lengths("advantages", total, arrays.advantages.size));
-  expect(arrays.returns.size == total, lengths("returns", total, arrays.returns.size));
-  expect(!arrays.mask || arrays.mask.size == total, lengths("mask", total, arrays.mask.size));
+  expect_length("gae", "values", total, arrays.values.size);
+  expect_length("gae", "advantages", total, arrays.advantages.size);
+  expect_length("gae", "returns", total, arrays.returns.size);
+  if (arrays.mask) expect_length("gae", "mask", total, arrays.mask.size);
   expect(runs >= 0, "gae: expected offsets of length S + 1, got none");
-  expect(!arrays.bootstrap || arrays.bootstrap.size == runs, lengths("bootstrap", runs, arrays.bootstrap.size));
+  if (arrays.bootstrap) expect_length("gae", "bootstrap", runs, arrays.bootstrap.size);
   bool rising = arrays.offsets[0] == 0 && arrays.offsets[runs] == total;
   for (std::int64_t run = 0; run < runs && rising; ++run) rising = arrays.offsets[run] <= arrays.offsets[run + 1];
   expect(rising, "gae: expected offsets to rise from 0 to " + std::to_string(total) + ", got others");

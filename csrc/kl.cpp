@@ -18,14 +18,6 @@ namespace {
 
 constexpr std::int64_t kBlock = 512;  // words whose terms are summed in the precision of the logits
 
-// Calls f(begin, length) for every block. A length that the compiler knows keeps the sums of a loop in registers.
-template <typename F>
-TWINHEAD_INLINE void for_blocks(std::int64_t size, F f) {
-  std::int64_t begin = 0;
-  for (; begin + kBlock <= size; begin += kBlock) f(begin, kBlock);
-  if (begin < size) f(begin, size - begin);
-}
-
 // A block in the precision of the results: where it lies, or widened into a buffer. Loops run on numbers of one size.
 template <typename Real>
 TWINHEAD_INLINE const Real* widened(const Real* x, std::int64_t, Real*) {
@@ -109,7 +101,7 @@ TWINHEAD_CLONES void sum_row(const T* p, const T* q, std::int64_t words, double 
   constexpr Real kLowest = std::numeric_limits<Real>::lowest();
   Sums<Real> sums{kLowest, kLowest, 0, 0, 0};
   Real p_buffer[kBlock], q_buffer[kBlock];
-  for_blocks(words, [&](std::int64_t begin, std::int64_t length) {
+  for_blocks<kBlock>(words, [&](std::int64_t begin, std::int64_t length) {
     const Real* p_block = widened(p + begin, length, p_buffer);
     const Real* q_block = widened(q + begin, length, q_buffer);
     Real p_peak = sums.p_peak, q_peak = sums.q_peak;
@@ -152,7 +144,7 @@ TWINHEAD_INLINE void slope_of_q(const Real* p, const Real* q, std::int64_t lengt
 template <typename T, typename Real>
 TWINHEAD_CLONES void slope_row(const T* p, const T* q, std::int64_t words, const Slope<Real>& row, T* dp, T* dq) {
   Real p_buffer[kBlock], q_buffer[kBlock], p_slopes[kBlock], q_slopes[kBlock];
-  for_blocks(words, [&](std::int64_t begin, std::int64_t length) {
+  for_blocks<kBlock>(words, [&](std::int64_t begin, std::int64_t length) {
     const Real* p_block = widened(p + begin, length, p_buffer);
     const Real* q_block = widened(q + begin, length, q_buffer);
     if (dp) slope_of_p(p_block, q_block, length, row, p_slopes);

@@ -7,19 +7,14 @@ namespace py = pybind11;
 namespace twinhead {
 namespace {
 
-void expect_length(const char* name, std::int64_t expected, std::int64_t got) {
-  expect(expected == got, std::string("linear: expected ") + name + " of length " + std::to_string(expected) +
-                              ", got " + std::to_string(got));
-}
-
 template <typename T>
 HeadBlock<T> block_of(Numpy<T>& products, const std::optional<Numpy<T>>& bias, const Numpy<std::int64_t>& targets,
                       const LogitShape& shape, int threads) {
   expect(products.ndim() == 2, "linear: expected products (n, V), got " + std::to_string(products.ndim()) +
                                    " dimensions");
   const std::int64_t words = products.shape(1);
-  expect_length("targets", products.shape(0), targets.size());
-  if (bias) expect_length("bias", words, bias->size());
+  expect_length("linear", "targets", products.shape(0), targets.size());
+  if (bias) expect_length("linear", "bias", words, bias->size());
   for (std::int64_t r = 0; r < targets.size(); ++r) {
     const std::int64_t target = targets.data()[r];
     expect(target < words, "linear: expected targets below " + std::to_string(words) + ", got " +
@@ -31,9 +26,9 @@ HeadBlock<T> block_of(Numpy<T>& products, const std::optional<Numpy<T>>& bias, c
 
 template <typename T>
 Measures<T> measures_of(Numpy<T>& entropy, Numpy<T>& peak, Numpy<T>& log_sum, std::int64_t rows) {
-  expect_length("entropy", rows, entropy.size());
-  expect_length("peak", rows, peak.size());
-  expect_length("log_sum", rows, log_sum.size());
+  expect_length("linear", "entropy", rows, entropy.size());
+  expect_length("linear", "peak", rows, peak.size());
+  expect_length("linear", "log_sum", rows, log_sum.size());
   return {writable(entropy), writable(peak), writable(log_sum)};
 }
 
@@ -43,7 +38,7 @@ void measure_of_numpy(Numpy<T> products, const std::optional<Numpy<T>>& bias, co
                       Numpy<T> peak, Numpy<T> log_sum, int threads) {
   const HeadBlock<T> block = block_of(products, bias, targets, {scale, softcap, temperature}, threads);
   const Measures<T> measures = measures_of(entropy, peak, log_sum, block.rows());
-  expect_length("logprobs", block.rows(), logprobs.size());
+  expect_length("linear", "logprobs", block.rows(), logprobs.size());
   const Array<T> written = writable(logprobs);
   const py::gil_scoped_release unlocked;
   measure_head(block, written, measures, threads);
@@ -56,8 +51,8 @@ void gradient_of_numpy(Numpy<T> products, const std::optional<Numpy<T>>& bias, c
                        const std::optional<Numpy<T>>& entropy_slopes, int threads) {
   const HeadBlock<T> block = block_of(products, bias, targets, {scale, softcap, temperature}, threads);
   const Measures<T> measures = measures_of(entropy, peak, log_sum, block.rows());
-  if (slopes) expect_length("slopes", block.rows(), slopes->size());
-  if (entropy_slopes) expect_length("entropy_slopes", block.rows(), entropy_slopes->size());
+  if (slopes) expect_length("linear", "slopes", block.rows(), slopes->size());
+  if (entropy_slopes) expect_length("linear", "entropy_slopes", block.rows(), entropy_slopes->size());
   const py::gil_scoped_release unlocked;
   head_gradient(block, measures, readable(slopes), readable(entropy_slopes), threads);
 }
@@ -70,10 +65,10 @@ void learn_of_numpy(Numpy<T> products, const std::optional<Numpy<T>>& bias, cons
                     double kl_coef, int kl_estimator, double entropy_coef, double divisor, int threads) {
   const HeadBlock<T> block = block_of(products, bias, targets, {scale, softcap, temperature}, threads);
   const Measures<T> measures = measures_of(entropy, peak, log_sum, block.rows());
-  expect_length("logprobs", block.rows(), logprobs.size());
-  expect_length("old_logprobs", block.rows(), old_logprobs.size());
-  expect_length("advantages", block.rows(), advantages.size());
-  if (ref_logprobs) expect_length("ref_logprobs", block.rows(), ref_logprobs->size());
+  expect_length("linear", "logprobs", block.rows(), logprobs.size());
+  expect_length("linear", "old_logprobs", block.rows(), old_logprobs.size());
+  expect_length("linear", "advantages", block.rows(), advantages.size());
+  if (ref_logprobs) expect_length("linear", "ref_logprobs", block.rows(), ref_logprobs->size());
   const TokenObjective<T> objective{readable(old_logprobs), readable(advantages), readable(ref_logprobs), clip_low,
                                     clip_high, dual_clip, kl_coef, kl_estimator, entropy_coef, divisor};
   const Array<T> written = writable(logprobs);

@@ -10,11 +10,6 @@ namespace {
 template <typename T>
 using Strided = py::array_t<T, 0>;
 
-void expect_size(const char* name, std::int64_t expected, std::int64_t got) {
-  expect(got == expected, std::string("logprob: expected ") + name + " of length " + std::to_string(expected) +
-                              ", got " + std::to_string(got));
-}
-
 template <typename T>
 Rows<T> rows_of(const Strided<T>& logits) {
   const py::ssize_t leading = logits.ndim() - 1, item = static_cast<py::ssize_t>(sizeof(T));
@@ -39,8 +34,8 @@ Choices<T> choices_of(const Strided<T>& logits, const Numpy<std::int64_t>& index
   const std::int64_t words = index.shape(index.ndim() - 1);
   const Choices<T> choices{rows_of(logits), readable(index), readable(mask), words, temperature};
   const std::int64_t count = choices.logits.count, width = choices.logits.width;
-  expect_size("index", count * words, choices.index.size);
-  if (choices.mask) expect_size("row_mask", count, choices.mask.size);
+  expect_length("logprob", "index", count * words, choices.index.size);
+  if (choices.mask) expect_length("logprob", "row_mask", count, choices.mask.size);
   expect(temperature > 0, "logprob: expected temperature > 0, got " + std::to_string(temperature));
   expect(threads >= 1, "logprob: expected threads >= 1, got " + std::to_string(threads));
   for (std::int64_t i = 0; i < choices.index.size; ++i) {
@@ -58,9 +53,9 @@ void logprob_of_numpy(const Strided<T>& logits, const Numpy<std::int64_t>& index
                       std::optional<Numpy<T>> entropy, Numpy<T> lse) {
   const Choices<T> choices = choices_of(logits, index, mask, temperature, threads);
   const Likelihood<T> found{writable(logprobs), entropy ? writable(*entropy) : Array<T>{nullptr, 0}, writable(lse)};
-  expect_size("logprobs", choices.index.size, found.logprobs.size);
-  if (found.entropy) expect_size("entropy", choices.logits.count, found.entropy.size);
-  expect_size("lse", 2 * choices.logits.count, found.lse.size);
+  expect_length("logprob", "logprobs", choices.index.size, found.logprobs.size);
+  if (found.entropy) expect_length("logprob", "entropy", choices.logits.count, found.entropy.size);
+  expect_length("logprob", "lse", 2 * choices.logits.count, found.lse.size);
   const py::gil_scoped_release unlocked;
   logprob(choices, found, threads);
 }
@@ -73,14 +68,14 @@ void gradient_of_numpy(const Strided<T>& logits, const Numpy<std::int64_t>& inde
   const Choices<T> choices = choices_of(logits, index, mask, temperature, threads);
   const LikelihoodGradient<T> gradient{readable(lse), readable(entropy), readable(dlogprobs), readable(dentropy)};
   const std::int64_t count = choices.logits.count;
-  expect_size("lse", 2 * count, gradient.lse.size);
-  expect_size("dlogprobs", choices.index.size, gradient.dlogprobs.size);
+  expect_length("logprob", "lse", 2 * count, gradient.lse.size);
+  expect_length("logprob", "dlogprobs", choices.index.size, gradient.dlogprobs.size);
   if (gradient.dentropy) {
-    expect_size("dentropy", count, gradient.dentropy.size);
-    expect_size("entropy", count, gradient.entropy.size);
+    expect_length("logprob", "dentropy", count, gradient.dentropy.size);
+    expect_length("logprob", "entropy", count, gradient.entropy.size);
   }
   const Array<T> written = writable(dlogits);
-  expect_size("dlogits", count * choices.logits.width, written.size);
+  expect_length("logprob", "dlogits", count * choices.logits.width, written.size);
   const py::gil_scoped_release unlocked;
   logprob_gradient(choices, gradient, written, threads);
 }

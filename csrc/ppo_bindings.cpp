@@ -7,26 +7,19 @@ namespace py = pybind11;
 namespace twinhead {
 namespace {
 
-void expect_size(const char* name, std::int64_t expected, std::int64_t got) {
-  if (got != expected) {
-    throw std::invalid_argument(std::string("ppo_loss: expected ") + name + " of length " + std::to_string(expected) +
-                                ", got " + std::to_string(got));
-  }
-}
-
 template <typename T>
 void expect_consistent(const PpoTokens<T>& tokens, const PpoResults<T>& results, double divisor, int threads) {
   const std::int64_t total = tokens.logprobs.size;
-  expect_size("old_logprobs", total, tokens.old_logprobs.size);
-  expect_size("advantages", total, tokens.advantages.size);
-  expect_size("values", total, tokens.values.size);
-  expect_size("old_values", total, tokens.old_values.size);
-  expect_size("returns", total, tokens.returns.size);
-  if (tokens.mask) expect_size("mask", total, tokens.mask.size);
-  if (tokens.entropy) expect_size("entropy", total, tokens.entropy.size);
-  expect_size("loss", 1, results.loss.size);
-  expect_size("statistics", kPpoStatistics, results.statistics.size);
-  if (results.slopes) expect_size("slopes", (tokens.entropy ? 3 : 2) * total, results.slopes.size);
+  expect_length("ppo_loss", "old_logprobs", total, tokens.old_logprobs.size);
+  expect_length("ppo_loss", "advantages", total, tokens.advantages.size);
+  expect_length("ppo_loss", "values", total, tokens.values.size);
+  expect_length("ppo_loss", "old_values", total, tokens.old_values.size);
+  expect_length("ppo_loss", "returns", total, tokens.returns.size);
+  if (tokens.mask) expect_length("ppo_loss", "mask", total, tokens.mask.size);
+  if (tokens.entropy) expect_length("ppo_loss", "entropy", total, tokens.entropy.size);
+  expect_length("ppo_loss", "loss", 1, results.loss.size);
+  expect_length("ppo_loss", "statistics", kPpoStatistics, results.statistics.size);
+  if (results.slopes) expect_length("ppo_loss", "slopes", (tokens.entropy ? 3 : 2) * total, results.slopes.size);
   expect(divisor >= 0, "ppo_loss: expected divisor >= 0, got " + std::to_string(divisor));
   expect(threads >= 1, "ppo_loss: expected threads >= 1, got " + std::to_string(threads));
 }

@@ -79,14 +79,6 @@ struct Drawn {
   T logprob;
 };
 
-// Calls f(begin, length) for every block. A length that the compiler knows keeps the sums of a loop in registers.
-template <typename F>
-TWINHEAD_INLINE void for_blocks(std::int64_t size, F f) {
-  std::int64_t begin = 0;
-  for (; begin + kBlock <= size; begin += kBlock) f(begin, kBlock);
-  if (begin < size) f(begin, size - begin);
-}
-
 // At least the lowest finite number. NaN is passed over here; it shows in the sums.
 template <typename Real>
 TWINHEAD_INLINE Real largest(const Real* __restrict x, std::int64_t size, Real peak) {
@@ -138,7 +130,7 @@ TWINHEAD_INLINE void add_measure(const Real* __restrict x, const Real* __restric
 template <typename Real>
 TWINHEAD_CLONES Real largest_of_row(const Real* __restrict x, std::int64_t size) {
   Real peak = std::numeric_limits<Real>::lowest();
-  for_blocks(size, [&](std::int64_t begin, std::int64_t length) { peak = largest(x + begin, length, peak); });
+  for_blocks<kBlock>(size, [&](std::int64_t begin, std::int64_t length) { peak = largest(x + begin, length, peak); });
   return peak;
 }
 
@@ -147,7 +139,7 @@ template <typename Real>
 TWINHEAD_CLONES void sum_blocks(const Real* __restrict x, std::int64_t size, Real scale, Block<Real>* blocks) {
   Real peak = std::numeric_limits<Real>::lowest();
   Block<Real>* block = blocks;
-  for_blocks(size, [&](std::int64_t begin, std::int64_t length) {
+  for_blocks<kBlock>(size, [&](std::int64_t begin, std::int64_t length) {
     peak = largest(x + begin, length, peak);
     *block++ = {sum_of_weights(x + begin, length, peak, scale), peak};
   });
@@ -158,7 +150,7 @@ template <typename Real>
 TWINHEAD_CLONES double weigh(const Real* __restrict x, std::int64_t size, Real peak, Real scale,
                              Real* __restrict weights) {
   double total = 0;
-  for_blocks(size, [&](std::int64_t begin, std::int64_t length) {
+  for_blocks<kBlock>(size, [&](std::int64_t begin, std::int64_t length) {
     total += write_weights(x + begin, length, peak, scale, weights + begin);
   });
   return total;
@@ -169,7 +161,7 @@ template <typename Real>
 TWINHEAD_CLONES Measure measure(const Real* __restrict x, const Real* __restrict weights, std::int64_t size,
                                 Real lowest) {
   Measure total{0, 0};
-  for_blocks(size, [&](std::int64_t begin, std::int64_t length) {
+  for_blocks<kBlock>(size, [&](std::int64_t begin, std::int64_t length) {
     add_measure(x + begin, weights + begin, length, lowest, total);
   });
   return total;

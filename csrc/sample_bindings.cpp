@@ -7,11 +7,6 @@ namespace py = pybind11;
 namespace twinhead {
 namespace {
 
-std::string lengths(const char* name, std::int64_t expected, std::int64_t got) {
-  return std::string("sample: expected ") + name + " of length " + std::to_string(expected) + ", got " +
-         std::to_string(got);
-}
-
 // T is what the logits are; Element is how numpy, which has no bfloat16, stores one.
 template <typename T, typename Element>
 void sample_of_numpy(const py::array_t<Element, 0>& logits, const Numpy<typename SampleArrays<T>::Real>& uniforms,
@@ -24,9 +19,9 @@ void sample_of_numpy(const py::array_t<Element, 0>& logits, const Numpy<typename
   const bool without_gaps = rows == 0 || words == 1 || logits.strides(1) == kWidth;
   expect(without_gaps, "sample: expected rows without gaps, got a stride between words");
   expect(logits.strides(0) % kWidth == 0, "sample: expected rows a whole number of elements apart, got others");
-  expect(uniforms.size() == rows, lengths("uniforms", rows, uniforms.size()));
-  expect(tokens.size() == rows, lengths("tokens", rows, tokens.size()));
-  expect(logprobs.size() == rows, lengths("logprobs", rows, logprobs.size()));
+  expect_length("sample", "uniforms", rows, uniforms.size());
+  expect_length("sample", "tokens", rows, tokens.size());
+  expect_length("sample", "logprobs", rows, logprobs.size());
   expect(threads >= 1, "sample: expected threads >= 1, got " + std::to_string(threads));
   const SampleArrays<T> arrays{reinterpret_cast<const T*>(logits.data()),
                                rows,

@@ -177,4 +177,12 @@ TWINHEAD_INLINE T logarithm(T x) {
   return x >= std::numeric_limits<T>::min() && x < kInfinity ? found : special;
 }
 
+// Calls f(begin, length) for every block. A length that the compiler knows keeps the sums of a loop in registers.
+template <std::int64_t kBlock, typename F>
+TWINHEAD_INLINE void for_blocks(std::int64_t size, F f) {
+  std::int64_t begin = 0;
+  for (; begin + kBlock <= size; begin += kBlock) f(begin, kBlock);
+  if (begin < size) f(begin, size - begin);
+}
+
 }  // namespace twinhead

@@ -13,34 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twinhead.kernels._groups import GROUP_BYTES, edge_of, whole_groups
 from twinhead.kernels.kl.operator import MOMENTS, fused
 
 # 8 words of both logits per thread, one 16-byte load of each in half precision. Few registers, so that many rows are in
 # flight on a core.
 BLOCK = {2: 2048, 4: 2048, 8: 1024}  # by bytes per word: float64 takes two registers
 WARPS = 8
-GROUP_BYTES = 16
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
 FAR = tl.constexpr(1e30)  # its negative has an exp of 0, and its product with 0 is 0
-
-
-@triton.jit
-def _place(row, stride, words, GROUP: tl.constexpr):
-    """Where the row begins and where its whole groups, how many words precede these, and how many words they are."""
-    start = row * stride
-    groups = (start + GROUP - 1) // GROUP * GROUP
-    head = tl.minimum(groups - start, words).to(tl.int32)
-    return start, groups, head, (words - head) // GROUP * GROUP
-
-
-@triton.jit
-def _edge(head, length, words, GROUP: tl.constexpr):
-    """The words outside of the whole groups, fewer than GROUP on either side, and which lanes hold one."""
-    i = tl.arange(0, 2 * GROUP)
-    word = tl.where(i < GROUP, i, head + length + i - GROUP)
-    return word, tl.where(i < GROUP, i < head, word < words)
 
 
 @triton.jit
@@ -77,9 +60,11 @@ def _kl_fwd(
     row = tl.program_id(0).to(tl.int64)
     wide = kl.dtype.element_ty
     rate = tl.full([], rate, wide)
-    p_start, p_groups, head, length = _place(row, p_stride, words, GROUP)
-    q_start, q_groups, _, _ = _place(row, q_stride, words, GROUP)
-    word, inside = _edge(head, length, words, GROUP)
+    p_start = row * p_stride
+    p_groups, head, length = whole_groups(p_start, words, GROUP)
+    q_start = row * q_stride
+    q_groups, _, _ = whole_groups(q_start, words, GROUP)
+    word, inside = edge_of(head, length, words, GROUP)
     edge_x = tl.load(p + p_start + word, inside, -INFINITY).to(wide)
     edge_y = tl.load(q + q_start + word, inside, -INFINITY).to(wide)
     p_edge, q_edge = tl.maximum(tl.max(edge_x), LOWEST), tl.maximum(tl.max(edge_y), LOWEST)
@@ -168,16 +153,20 @@ def _kl_bwd(
 ):
     row = tl.program_id(0).to(tl.int64)
     rate = tl.full([], rate, moments.dtype.element_ty)
-    p_start, p_groups, head, length = _place(row, p_stride, words, GROUP)
-    q_start, q_groups, _, _ = _place(row, q_stride, words, GROUP)
-    dp_start, dp_groups, _, _ = _place(row, dp_stride, words, GROUP)
-    dq_start, dq_groups, _, _ = _place(row, dq_stride, words, GROUP)
+    p_start = row * p_stride
+    p_groups, head, length = whole_groups(p_start, words, GROUP)
+    q_start = row * q_stride
+    q_groups, _, _ = whole_groups(q_start, words, GROUP)
+    dp_start = row * dp_stride
+    dp_groups, _, _ = whole_groups(dp_start, words, GROUP)
+    dq_start = row * dq_stride
+    dq_groups, _, _ = whole_groups(dq_start, words, GROUP)
     moments += row * MOMENTS
     p_peak, p_log = tl.load(moments), tl.load(moments + 1)
     q_peak, q_log, mean = tl.load(moments + 2), tl.load(moments + 3), tl.load(moments + 4)
     slope = tl.load(slopes + row).to(rate.dtype)
 
-    word, inside = _edge(head, length, words, GROUP)
+    word, inside = edge_of(head, length, words, GROUP)
     edge_x = tl.load(p + p_start + word, inside, -INFINITY).to(rate.dtype)
     edge_y = tl.load(q + q_start + word, inside, -INFINITY).to(rate.dtype)
     edge_x, edge_y = _slopes(edge_x, edge_y, p_peak, p_log, q_peak, q_log, mean, rate, slope)

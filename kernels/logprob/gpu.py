@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twinhead.kernels._groups import GROUP_BYTES, edge_of, whole_groups
 from twinhead.kernels.logprob.operator import fused, results
 
 # 16 words per thread: two 16-byte loads in half precision. Few registers, so that many rows are in flight on a core,
@@ -21,7 +22,6 @@ from twinhead.kernels.logprob.operator import fused, results
 BLOCK = 2048
 WARPS = {2: 4, 4: 4, 8: 8}  # by bytes per word: float64 takes two registers
 CHOICES = 16  # words of `index` gathered at a time
-GROUP_BYTES = 16
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # its exp is 0 at any temperature, and its product with any sum of exps is finite, so that the product with 0 is 0
@@ -31,24 +31,9 @@ LOG_ZERO = tl.constexpr(-1e4)
 
 
 @triton.jit
-def _place(row, words, inner, outer_stride, inner_stride, offset, GROUP: tl.constexpr):
-    """Where a row begins; how many words precede its whole groups; where these begin, and how many words they are.
-
-    The compiler sees that the last two are multiples of GROUP.
-    """
-    start = row // inner * outer_stride + row % inner * inner_stride + offset
-    groups = (start + GROUP - 1) // GROUP * GROUP
-    head = tl.minimum(groups - start, words).to(tl.int32)
-    length = (words - head) // GROUP * GROUP
-    return start, head, groups, length
-
-
-@triton.jit
-def _edge(head, length, words, GROUP: tl.constexpr):
-    """The words outside of the whole groups, fewer than GROUP on either side, and which lanes hold one."""
-    i = tl.arange(0, 2 * GROUP)
-    word = tl.where(i < GROUP, i, head + length + i - GROUP)
-    return word, tl.where(i < GROUP, i < head, word < words)
+def _start(row, inner, outer_stride, inner_stride, offset):
+    """Where a row begins."""
+    return row // inner * outer_stride + row % inner * inner_stride + offset
 
 
 @triton.jit
@@ -82,7 +67,7 @@ def _normalise(
 ):
     """The largest logit, the sum of exps relative to it, and the sum of their products with the distance to it."""
     wide = inverse.dtype
-    edge_word, inside = _edge(head, length, words, GROUP)
+    edge_word, inside = edge_of(head, length, words, GROUP)
     edge = tl.load(logits + start + edge_word, inside, -float("inf")).to(wide)
     edge_peak = tl.maximum(tl.max(edge), LOWEST)
     edge_power, edge_product = _powers(edge, edge_peak, inverse)
@@ -137,7 +122,8 @@ def _logprob_fwd(
         if ENTROPY:
             tl.store(entropy + row, 0.0)
         return
-    start, head, groups, length = _place(row, words, inner, outer_stride, inner_stride, offset, GROUP)
+    start = _start(row, inner, outer_stride, inner_stride, offset)
+    groups, head, length = whole_groups(start, words, GROUP)
     peak, total, product = _normalise(logits, words, start, head, groups, length, inverse, LOWEST, GROUP, BLOCK)
     log_sum = tl.log(total)
     tl.store(lse + 2 * row, peak)
@@ -227,10 +213,11 @@ def _logprob_bwd(
     wide = lse.dtype.element_ty
     inverse = tl.full([], inverse, wide)
     lane = tl.arange(0, BLOCK)
-    start, head, groups, length = _place(row, words, inner, outer_stride, inner_stride, offset, GROUP)
+    start = _start(row, inner, outer_stride, inner_stride, offset)
+    groups, head, length = whole_groups(start, words, GROUP)
     out = row * words
     out_groups = (out + GROUP - 1) // GROUP * GROUP if ALIKE else out + head
-    edge_word, inside = _edge(head, length, words, GROUP)
+    edge_word, inside = edge_of(head, length, words, GROUP)
     if MASKED and tl.load(row_mask + row) == 0:
         tl.store(dlogits + out + edge_word, tl.zeros([2 * GROUP], wide), inside)
         for first in range(0, length, BLOCK):
