@@ -23,13 +23,14 @@ def main() -> None:
         from benchmarks import kernels
 
         kernels.main(given.device, given.op, given.quick, given.results, given.minutes, given.keep_memory)
-    elif given.command in ("generate", "train"):
+    elif given.command in ("generate", "train", "ppo"):
         import transformers
 
-        from benchmarks import rollouts, updates
+        from benchmarks import iterations, rollouts, updates
 
         transformers.logging.set_verbosity_error()
-        chosen = rollouts if given.command == "generate" else updates
+        transformers.logging.disable_progress_bar()
+        chosen = {"generate": rollouts, "train": updates, "ppo": iterations}[given.command]
         chosen.main(given.device, given.quick, given.results, given.minutes)
     elif given.command == "peers":
         from benchmarks import peers
@@ -49,7 +50,7 @@ def parsed() -> argparse.Namespace:
     """The command and its options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     commands = parser.add_subparsers(dest="command", required=True)
-    options = commands.add_parser("quality", help="does it learn: task A, three seeds, healthy and weak reward model")
+    options = commands.add_parser("quality", help="does it learn: task A, two reward models; task C, a rule")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of the runs; they resume")
     options.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON and pictures")
@@ -57,6 +58,7 @@ def parsed() -> argparse.Namespace:
         "kernels": "how fast are the kernels, beside torch, torch.compile and the peers",
         "generate": "how fast are rollouts, beside three ways of transformers to decode",
         "train": "how fast is a training step on ragged sequences, beside transformers padded and packed",
+        "ppo": "how fast is a whole PPO iteration, beside TRL's last PPO trainer",
     }
     for name, help in timed.items():
         options = commands.add_parser(name, help=help)

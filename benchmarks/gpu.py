@@ -2,7 +2,7 @@
 
 It needs a checkout, torch, triton, transformers, pybind11 and pytest, and neither network nor installation: the
 extension is built into the checkout, and the two links in `tests/typing/twinhead` make `import twinhead` work.
-Everything goes to one folder: a log per step, `tests.xml`, `kernels_cuda.json`, and `summary.json`.
+Everything goes to one folder: a log per step, `tests.xml`, NAME_cuda.json of every benchmark, and `summary.json`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TOTAL = 8 * 60.0  # seconds
-MARGIN = 15.0  # of the benchmark's time, for a case that has begun
+MARGIN = 15.0  # of a benchmark's time, for a case that has begun
+MEASURED = ("kernels", "generate", "train", "ppo")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Step:
     name: str
     command: Sequence[str]
     seconds: float
+    share: float = 1.0  # of the time that is left: its command is told as {minutes}
 
 
 def main(device: str, output: Path) -> None:
@@ -38,7 +40,7 @@ def main(device: str, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     start, summary = time.monotonic(), {}
     for step in steps(device, output):
-        left = TOTAL - (time.monotonic() - start)
+        left = step.share * (TOTAL - (time.monotonic() - start))
         command = [word.format(minutes=f"{max(0.0, (left - MARGIN) / 60):.2f}") for word in step.command]
         summary[step.name] = run(step.name, command, min(step.seconds, left), output / f"{step.name}.log")
         (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -49,10 +51,10 @@ def main(device: str, output: Path) -> None:
 
 
 def steps(device: str, output: Path) -> list[Step]:
-    """Build, tests (those that need CUDA first), compute-sanitizer where it is installed, benchmark."""
+    """Build, tests (those that need CUDA first), compute-sanitizer where it is installed, benchmarks."""
     python, cuda = sys.executable, device == "cuda"
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    tests = ["tests/kernels/test_cuda.py", *(["tests/kernels"] if cuda else [])]
+    tests = ["tests/kernels/test_cuda.py", "tests/test_cuda_engine.py", *(["tests/kernels"] if cuda else [])]
     found = [
         Step("build", [python, "setup.py", "build_ext", "--inplace"], 180),
         Step("tests", [*pytest, f"--junitxml={output / 'tests.xml'}", "--durations=10", *tests], 200),
@@ -60,9 +62,10 @@ def steps(device: str, output: Path) -> list[Step]:
     if cuda and (sanitizer := shutil.which("compute-sanitizer")):
         watched = [sanitizer, "--tool", "memcheck", "--error-exitcode", "1", *pytest, "tests/kernels/test_cuda.py"]
         found.append(Step("sanitizer", watched, 60))
-    measured = [python, "-m", "benchmarks", "kernels", "--device", device, "--minutes", "{minutes}"]
-    quick = [] if cuda else ["--quick"]
-    return [*found, Step("kernels", [*measured, "--results", str(output), *quick], TOTAL)]
+    options = ["--device", device, "--minutes", "{minutes}", "--results", str(output), *([] if cuda else ["--quick"])]
+    for others, name in reversed(list(enumerate(reversed(MEASURED)))):  # equal shares; what one leaves is the others'
+        found.append(Step(name, [python, "-m", "benchmarks", name, *options], TOTAL, 1 / (1 + others)))
+    return found
 
 
 def run(name: str, command: Sequence[str], seconds: float, log: Path) -> dict[str, str | float]:

@@ -61,7 +61,8 @@ class Peer:
 
 
 TRL = Peer("TRL", "trl", "1.16.0", "trl", needs=ACCELERATE, stubs=("datasets", "pandas"))
-TRL_PPO = Peer(
+TRL_TRAINER = Peer("TRL", "trl", "1.12.0", "trl", needs=ACCELERATE)  # the last release with a PPO trainer
+TRL_PPO = Peer(  # the last one whose GAE is a function
     "TRL", "trl", "0.11.4", "trl",
     needs=(*ACCELERATE, "tyro==1.0.17", "docstring-parser==0.18.0", "typeguard==4.6.0", "shtab==1.13.0"),
     stubs=("datasets", "pandas"), leaves=True,
@@ -72,11 +73,11 @@ VERL = Peer(
     "verl", "verl", "0.9.1", "verl",
     stubs=("ray", "tensordict", "omegaconf", "codetiming", "orjson", "wandb", "hydra", "cachetools", "peft"),
 )  # fmt: skip
-PEERS = (TRL, TRL_PPO, LIGER, CCE, VERL)
+TORCHAO = Peer("torchao", "torchao", "0.18.0", "torchao")  # for tests: transformers, where it is installed, loads it
+PEERS = (TRL, TRL_TRAINER, TRL_PPO, LIGER, CCE, VERL, TORCHAO)
 NOT_INSTALLED = {
     "flash-attn": "has to be compiled for one GPU and one torch; verl's functions use it where it is present",
     "quack-kernels": "needs the CuTe DSL and a Hopper or Blackwell GPU",
-    "trl 1.12.0": "its GAE loop stands inside a method of 400 lines; 0.11.4 has the same loop as a function",
 }
 
 

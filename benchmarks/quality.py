@@ -1,8 +1,9 @@
-"""Does it learn? Task A: a synthetic language whose gold reward is known, a healthy and a weak reward model.
+"""Does it learn? Task A: a synthetic language whose gold reward is known. Task C: a rule that can be checked.
 
 healthy   PPO against a reward model of the policy's size, for every seed: win rate, gold gain, KL
 weak      PPO against a small reward model from few noisy rankings, without a KL penalty: the proxy rises all
           the way and gold has an interior maximum (Gao et al. 2022); with the penalty it does not fall
+sorting   task C: GRPO against a rule (sorting.py)
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import reviews
+from benchmarks import reviews, sorting
 from twinhead.engine import data, labeler, pictures, ppo, reward, sft
 from twinhead.engine.checkpoint import write_file
 from twinhead.engine.evaluate import Contest
-from twinhead.engine.generate import Sampling
 from twinhead.engine.metrics import JsonLines
 from twinhead.engine.policy import Policy, RewardModel
 from twinhead.engine.run import Run
+from twinhead.engine.sampling import Sampling
 from twinhead.engine.text import Text
 
 CONTEST_PROMPTS = 512
@@ -148,6 +149,7 @@ def main(seeds: Sequence[int], runs: Path, results: Path) -> None:
         figure = pictures.over_optimisation(weak[seed]["curve"], f"Weak reward model, no KL penalty, seed {seed}")
         figure.savefig(results / f"quality_over_optimisation_{seed}.png", dpi=110)
     Console().print(table(healthy, weak))
+    sorting.main(seeds, runs, results)
 
 
 def accuracy(task: Reviews, name: str) -> float:

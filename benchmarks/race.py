@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -42,11 +43,15 @@ class Entrant:
 Maker = Callable[[], Entrant]
 
 
-class Case(Protocol):
+class Titled(Protocol):
     """One row of the README."""
 
     @property
     def title(self) -> str: ...
+
+
+class Case(Titled, Protocol):
+    """One on which everybody runs in this process."""
 
     @property
     def steps(self) -> int | None:
@@ -66,27 +71,52 @@ class Race:
     baseline: str
 
 
+class Record:
+    """A JSON file that is written again after every case, so that whoever is stopped keeps what was measured."""
+
+    def __init__(self, path: Path, found: dict[str, Any], minutes: float | None = None) -> None:
+        """After `minutes` no further case is begun, and the file lists what was left out."""
+        self.path, self.found, self.console = path, found | {"left_out": []}, Console()
+        self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(
+        self,
+        key: str,
+        cases: Sequence[Titled],
+        measure: Callable[[Any], dict[str, Any]],
+        show: Callable[[dict[str, Any], Console], None],
+    ) -> None:
+        """Measure the cases into the file's list `key`, and show each."""
+        rows = self.found[key] = []
+        for case in cases:
+            if time.monotonic() > self.deadline:
+                self.found["left_out"].append(case.title)
+                self.console.print(f"no time left for {case.title}")
+            else:
+                rows.append(measure(case))
+                show(rows[-1], self.console)
+            self.path.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+
+    def end(self) -> None:
+        """Raise SystemExit if one of our own answers was wrong or failed."""
+        lists = (value for key, value in self.found.items() if isinstance(value, list) and key != "left_out")
+        cases = [case for found in lists for case in found if isinstance(case, dict)]
+        if broken := [f"{c['title']}: {r['name']}" for c in cases for r in c["rows"] if ours_broke(r)]:
+            raise SystemExit("not what it should be:\n" + "\n".join(broken))
+
+
 def run(race: Race, device: str, quick: bool, results: Path, minutes: float | None = None) -> None:
     """Measure every case, print a table for each, and rewrite `results`/NAME_DEVICE.json after each.
 
     After `minutes` no further case is begun; the JSON lists what was left out. Raises SystemExit at the end if one of
     our own answers was wrong or failed.
     """
-    start, console = time.monotonic(), Console()
-    results.mkdir(parents=True, exist_ok=True)
-    path = results / f"{race.name}_{device}.json"
-    found: dict[str, Any] = {**surroundings(device), "quick": quick, "cases": [], "left_out": []}
-    found |= {"columns": list(race.columns), "baseline": race.baseline}
-    for case in race.cases:
-        if minutes is not None and time.monotonic() - start > 60 * minutes:
-            found["left_out"].append(case.title)
-            console.print(f"no time left for {case.title}")
-        else:
-            found["cases"].append(measure(case, race.baseline, torch.device(device), 0.0 if quick else SECONDS[device]))
-            show(found["cases"][-1], console)
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if broken := [f"{c['title']}: {r['name']}" for c in found["cases"] for r in c["rows"] if ours_broke(r)]:
-        raise SystemExit("not what it should be:\n" + "\n".join(broken))
+    found = {**surroundings(device), "quick": quick, "columns": list(race.columns), "baseline": race.baseline}
+    record = Record(results / f"{race.name}_{device}.json", found, minutes)
+    seconds = 0.0 if quick else SECONDS[device]
+    record.add("cases", race.cases, lambda case: measure(case, race.baseline, torch.device(device), seconds), show)
+    record.end()
 
 
 def measure(case: Case, baseline: str, device: torch.device, seconds: float) -> dict[str, Any]:
@@ -175,6 +205,11 @@ def show(measured: dict[str, Any], console: Console) -> None:
     """The table of a case, and below it everybody who has no time."""
     console.print(measured["title"], style="bold")
     console.print(table(measured))
+    excuses(measured, console)
+
+
+def excuses(measured: dict[str, Any], console: Console) -> None:
+    """Why who has no time has none."""
     for row in measured["rows"]:
         if "milliseconds" not in row:
             console.print(f"  {row['name']}: {reason(row)}", style="red" if "failed" in row else "dim")

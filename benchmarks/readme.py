@@ -28,9 +28,9 @@ def main(readme: Path, results: Path) -> None:
     measured = {device: found.get(f"kernels_{device}") for device in ("cpu", "cuda")}
     if any(measured.values()):
         tables["kernels"] = kernels(measured, found.get("kernels_cpu_kept"))
-    for name in ("generate", "train"):
-        if any(raced := [found.get(f"{name}_{device}") for device in ("cpu", "cuda")]):
-            tables[name] = race(raced)
+    for name, written in (("generate", race), ("train", race), ("ppo", iterations)):
+        if any(timed := [found.get(f"{name}_{device}") for device in ("cpu", "cuda")]):
+            tables[name] = written(timed)
     for name, lines in tables.items():
         start, end = f"<!-- {name} table -->", f"<!-- /{name} table -->"
         if start not in text or end not in text:
@@ -133,6 +133,41 @@ def _raced(case: dict[str, Any], columns: Sequence[str], baseline: str) -> str:
         "–" if step is None else duration(step), " / ".join(map(_mebibytes, (ours, theirs))),
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
+
+
+def iterations(measured: Sequence[dict[str, Any] | None]) -> list[str]:
+    """One row per case: both sides' tokens per second, phases and memory; CPU first, then CUDA; then how cost grows."""
+    ours, theirs = next(filter(None, measured))["columns"]
+    heads = [
+        "response tokens per second", ours, theirs, f"{ours} / {theirs}", f"{ours}: generate + examine + update",
+        f"{theirs}: the same", f"MiB, {ours} / {theirs}",
+    ]  # fmt: skip
+    lines, notes = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)], []
+    for found in measured:
+        if found is None:
+            lines.append(f"| {UNMEASURED} |{' |' * (len(heads) - 1)}")
+            continue
+        lines += [_iteration(case, ours, theirs) for case in found["cases"]]
+        notes += [*map(_growth, found["scaling"]), _where(found, "torch", "transformers"), ""]
+    return [*lines, "", *notes[:-1]]
+
+
+def _iteration(case: dict[str, Any], ours: str, theirs: str) -> str:
+    timed = {row["name"]: row for row in case["rows"] if "milliseconds" in row}
+    sides = [timed.get(ours), timed.get(theirs)]
+    speeds = ["–" if row is None else f"{row['tokens_per_second']:,.0f}" for row in sides]
+    phases = ["–" if row is None else " + ".join(map(duration, row["phases"].values())) for row in sides]
+    ratio = "–" if None in sides else f"{timed[ours]['speedup']:.2f}"
+    cells = [case["title"], f"**{speeds[0]}**", speeds[1], ratio, *phases, " / ".join(map(_mebibytes, sides))]
+    return f"| {' | '.join(cells)} |"
+
+
+def _growth(scaling: dict[str, Any]) -> str:
+    sizes = [row["size"] for row in scaling["rows"]]
+    ratio = "–" if scaling["ratio"] is None else f"{scaling['ratio']:.2f}"
+    costs = [f"{row['microseconds_per_token']:,.0f}" for row in scaling["rows"] if "milliseconds" in row]
+    where = f"{scaling['axis']} {', '.join(map(str, sizes))}"
+    return f"A response token at {where} costs us {', '.join(costs)} µs: {ratio} times from end to end."
 
 
 def _where(found: dict[str, Any], *packages: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
 from twinhead.engine import Policy
 
@@ -24,6 +24,8 @@ class Shape:
     layers: int = 4
     heads: int = 8
     groups: int = 4  # heads of keys and values
+    tied: bool = False  # one matrix for the embedding and the head
+    spread: float = 1.6  # of random weights: their standard deviation times the square root of `hidden`
 
     @property
     def title(self) -> str:
@@ -36,7 +38,21 @@ class Shape:
         decoders agree. `eos_scale` stretches EOS's row of the head, so that it wins about as often at every step and
         the lengths are geometric.
         """
-        config = LlamaConfig(
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(self._config()).eval()
+        with torch.no_grad():
+            model.lm_head.weight[EOS] *= eos_scale
+        return model.to(device, dtype)
+
+    def judge(self, dtype: torch.dtype) -> PreTrainedModel:
+        """A reward model of this shape: other weights, the same for every call, under one scalar head."""
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.manual_seed(1)
+            return LlamaForSequenceClassification(self._config(num_labels=1)).eval().to(dtype)
+
+    def _config(self, **more: int) -> LlamaConfig:
+        return LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             intermediate_size=self.inner,
@@ -44,18 +60,13 @@ class Shape:
             num_attention_heads=self.heads,
             num_key_value_heads=self.groups,
             max_position_embeddings=MAX_LENGTH,
-            initializer_range=1.6 * self.hidden**-0.5,
-            tie_word_embeddings=False,
+            initializer_range=self.spread * self.hidden**-0.5,
+            tie_word_embeddings=self.tied,
             bos_token_id=None,
             eos_token_id=None,
             pad_token_id=PAD,
+            **more,
         )
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.manual_seed(0)
-            model = LlamaForCausalLM(config).eval()
-        with torch.no_grad():
-            model.lm_head.weight[EOS] *= eos_scale
-        return model.to(device, dtype)
 
     def sequences(self, lengths: list[int]) -> list[list[int]]:
         """Random tokens, the same for every call, none of them PAD or EOS."""

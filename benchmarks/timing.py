@@ -77,27 +77,43 @@ def summary(samples: list[float]) -> Times:
     return Times(1e3 * median, 1e3 * low, 1e3 * high, len(samples))
 
 
+class HighWater:
+    """The most that is held from here on, beyond what is held here.
+
+    On CUDA the allocator's own count; on Linux the growth of the process's highest resident size, which sees every
+    allocator.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        gc.collect()
+        self.cuda = device.type == "cuda"
+        self.counts = self.cuda or (CLEAR.exists() and sys.platform.startswith("linux"))
+        if self.cuda:
+            torch.cuda.synchronize()
+            self.before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        elif self.counts:
+            ctypes.CDLL(None).malloc_trim(0)  # freed memory that the C library keeps would hide what is taken again
+            CLEAR.write_text("5")
+            self.before = _highest()
+
+    def growth(self) -> int | None:
+        """Bytes; None where nobody counts them."""
+        if not self.counts:
+            return None
+        if self.cuda:
+            torch.cuda.synchronize()
+        return max(0, (torch.cuda.max_memory_allocated() if self.cuda else _highest()) - self.before)
+
+
 def peak_memory(run: Run, device: torch.device) -> int | None:
     """Bytes that a call holds at most beyond what was there before, results included; None where nobody counts them.
 
-    On CUDA the allocator's own count; on Linux the growth of the process's highest resident size, which sees every
-    allocator. Call it on a warm run: what libraries set up once is not the operation's.
+    Call it on a warm run: what libraries set up once is not the operation's.
     """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    if not CLEAR.exists() or not sys.platform.startswith("linux"):
-        return None
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the C library keeps would hide what the call takes again
-    CLEAR.write_text("5")
-    before = _highest()
+    water = HighWater(device)
     run()
-    return max(0, _highest() - before)
+    return water.growth()
 
 
 class DeviceClock:

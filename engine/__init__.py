@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from twinhead.engine import ppo, reward, sft
+from twinhead.engine import dpo, grpo, ppo, reward, sft
 from twinhead.engine.batch import Example, Packed, Rollout, pack
-from twinhead.engine.generate import Sampling, generate, stream
+from twinhead.engine.best_of import best_of
+from twinhead.engine.generate import generate, stream
 from twinhead.engine.policy import Policy, RewardModel, Scored
+from twinhead.engine.sampling import Sampling
 from twinhead.engine.text import Text
 
 __all__ = [
@@ -17,7 +19,10 @@ __all__ = [
     "Sampling",
     "Scored",
     "Text",
+    "best_of",
+    "dpo",
     "generate",
+    "grpo",
     "pack",
     "ppo",
     "reward",

@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from twinhead.engine import flash
+from twinhead.engine.batch import segment_ids
+
 NAME = "twinhead"
 
 
@@ -23,13 +26,12 @@ class Ragged:
     """Sequences laid end to end along one row of tokens."""
 
     lengths: tuple[int, ...]
+    cu_seqlens: Tensor  # (S+1,) int32, the borders of the same sequences
 
-    def columns(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def columns(self) -> tuple[Tensor, Tensor]:
         """(T,) the sequence of every token, and (T,) its position in it."""
-        lengths = torch.tensor(self.lengths, device=device)
-        sequence = torch.repeat_interleave(torch.arange(len(self.lengths), device=device), lengths)
-        start = (lengths.cumsum(0) - lengths)[sequence]
-        return sequence, torch.arange(len(sequence), device=device) - start
+        sequence = segment_ids(self.cu_seqlens)
+        return sequence, torch.arange(len(sequence), device=sequence.device) - self.cu_seqlens[sequence]
 
 
 @dataclass(slots=True)
@@ -38,6 +40,8 @@ class Slots:
 
     positions: Tensor  # (B,) int64, where the new token goes
     span: int  # keys to read: max(positions) + 1, known on the host
+    even: bool = False  # every position is span - 1
+    keys: Tensor | None = None
     masks: dict[int | None, Tensor] = field(default_factory=dict)
     rows: dict[int, Tensor] = field(default_factory=dict)
 
@@ -48,8 +52,17 @@ class Slots:
             self.rows[heads] = pairs + self.positions.repeat_interleave(heads)
         return self.rows[heads]
 
-    def mask(self, window: int | None) -> Tensor:
-        """(B, 1, 1, span) bool: True where a key may be read."""
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int32: valid keys of every slot."""
+        if self.keys is None:
+            self.keys = (self.positions + 1).to(torch.int32)
+        return self.keys
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """(B, 1, 1, span) bool: True where a key may be read. None: every key may."""
+        if self.even and (window is None or window >= self.span):
+            return None
         if window not in self.masks:
             keys = torch.arange(self.span, device=self.positions.device)
             seen = keys <= self.positions[:, None]
@@ -78,8 +91,16 @@ def attend(
     if other.get("s_aux") is not None:
         raise ValueError("attention sinks (s_aux) are not supported: use a decoder without them")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    flashed = flash.serves(query, key, value, softcap)
     if isinstance(layout, Slots):
+        if flashed and flash.package() is not None:
+            return flash.slots(query, key, value, layout.lengths, scale, sliding_window, softcap), None
         return _slots(query, key, value, layout.mask(sliding_window), scale, softcap), None
+    if flashed:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        longest = max(layout.lengths)
+        return flash.ragged(q, k, v, layout.cu_seqlens, longest, scale, sliding_window, softcap)[None], None
     return _ragged(query, key, value, layout, scale, sliding_window, softcap), None
 
 
@@ -106,7 +127,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, 
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=gqa)
 
 
-def _slots(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
+def _slots(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
     """Heads of one group share their keys: as rows of one query they need no repeated keys."""
     batch, heads, _, dim = q.shape
     groups = k.shape[1]
@@ -118,12 +139,13 @@ def _slots(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap:
     return out.reshape(batch, 1, heads, v.shape[-1])
 
 
-def _softcapped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
+def _softcapped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
     """Gemma 2's attention: softcap * tanh(scores / softcap) before the softmax; no fused kernel has it everywhere."""
     if q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap)) * softcap
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+    scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
 
 def _band(length: int, window: int | None, device: torch.device) -> Tensor:

@@ -42,8 +42,11 @@ class Rollout:
     response: list[int]
     logprobs: Tensor  # (len(response),) float32, under the distribution that was sampled from
     values: Tensor | None  # (len(response),) float32, the critic's value of the state before each token
-    finished: bool  # a stop token was seen; False: cut at max_new_tokens
+    finished: bool  # it stopped by itself; False: cut at max_new_tokens
     learn: list[bool] | None = None
+    raw_logprobs: Tensor | None = None  # (len(response),) float32, at temperature 1 and without filters
+    bootstrap: float = 0.0  # the critic's value of the state after a response that was cut, where it was asked for
+    staleness: int = 0  # changes of the weights while it was sampled
 
 
 @dataclass(frozen=True, slots=True)

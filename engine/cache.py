@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -18,11 +19,17 @@ class SlotLayer(CacheLayerMixin):
 
     def __init__(self, owner: SlotCache) -> None:
         super().__init__()
-        self.owner = owner
+        self._owner = weakref.ref(owner)  # no cycle: the memory goes when the cache does
+
+    @property
+    def owner(self) -> SlotCache:
+        owner = self._owner()
+        assert owner is not None, "a layer is used while its cache lives"
+        return owner
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         shape = (self.owner.num_slots, key_states.shape[1], self.owner.capacity)
-        self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
+        self.keys = value_states.new_zeros(*shape, key_states.shape[-1])  # mixed precision rotates keys in float32
         self.values = value_states.new_zeros(*shape, value_states.shape[-1])
         self.is_initialized = True
 
@@ -34,12 +41,13 @@ class SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if isinstance(self.owner.layout, Ragged):  # prefill: prompts attend to themselves, packed
             rows, columns = self.owner.rows, self.owner.columns
-            self.keys[rows, :, columns] = key_states[0].transpose(0, 1)
+            self.keys[rows, :, columns] = key_states[0].transpose(0, 1).to(self.keys.dtype)
             self.values[rows, :, columns] = value_states[0].transpose(0, 1)
             return key_states, value_states
         for memory, states in ((self.keys, key_states), (self.values, value_states)):
             places = self.owner.layout.places(memory.shape[1], self.owner.capacity)
-            memory.view(-1, memory.shape[-1]).index_copy_(0, places, states.reshape(-1, memory.shape[-1]))
+            states = states.reshape(-1, memory.shape[-1]).to(memory.dtype)
+            memory.view(-1, memory.shape[-1]).index_copy_(0, places, states)
         batch, span = len(key_states), self.owner.layout.span
         return self.keys[:batch, :, :span], self.values[:batch, :, :span]
 
@@ -64,18 +72,34 @@ class SlotCache(Cache):
         self.columns: Tensor  # and its place in it
         super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
 
-    def prefill(self, slots: Sequence[int], lengths: Sequence[int], device: torch.device) -> Ragged:
+    def prefill(self, slots: Sequence[int], layout: Ragged) -> Ragged:
         """The next forward carries whole prompts, packed, into these slots."""
-        layout = Ragged(tuple(lengths))
-        sequence, self.columns = layout.columns(device)
-        self.rows = torch.tensor(list(slots), device=device)[sequence]
+        sequence, self.columns = layout.columns()
+        self.rows = torch.tensor(list(slots), device=sequence.device)[sequence]
         self.layout = layout
         return layout
 
-    def decode(self, positions: Tensor, span: int) -> Slots:
+    def decode(self, positions: Tensor, span: int, even: bool) -> Slots:
         """The next forward carries one token for each of the slots 0..len(positions)-1, written at `positions`."""
-        self.layout = layout = Slots(positions, span)
+        self.layout = layout = Slots(positions, span, even)
         return layout
+
+    def resize(self, num_slots: int, capacity: int, running: int, span: int) -> None:
+        """Other slots, in which the first `span` tokens of the slots 0..running-1 are what they were."""
+        self.num_slots, self.capacity = num_slots, capacity
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = (self._resized(m, running, span) for m in (layer.keys, layer.values))
+
+    def _resized(self, memory: Tensor, running: int, span: int) -> Tensor:
+        larger = memory.new_zeros(self.num_slots, memory.shape[1], self.capacity, memory.shape[3])
+        larger[:running, :, :span] = memory[:running, :, :span]
+        return larger
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values in all slots."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy a sequence of `length` tokens into another slot."""

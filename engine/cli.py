@@ -8,19 +8,21 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import transformers
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from tyro.conf import Suppress
 
-from twinhead.engine import data, demo, ppo, report, reward, scorers, sft
+from twinhead.engine import data, demo, dpo, grpo, ppo, report, reward, scorers, sft
 from twinhead.engine.config import Source, check, parse
 from twinhead.engine.evaluate import perplexity, reward_accuracy, win_rate
-from twinhead.engine.generate import Sampling, generate
+from twinhead.engine.generate import generate
 from twinhead.engine.policy import Policy, RewardModel
+from twinhead.engine.sampling import Sampling
 from twinhead.engine.text import Text
 
 
@@ -28,6 +30,9 @@ from twinhead.engine.text import Text
 class GenerateConfig(Sampling):
     """Answer prompts: one given on the command line, or the rows of a file."""
 
+    seeds: Suppress[tuple[int, ...] | None] = None
+    stop_sequences: Suppress[tuple[tuple[int, ...], ...]] = ()
+    bootstrap: Suppress[bool] = False  # there is no critic
     model: str
     prompt: str = ""  # one prompt as text
     prompts: Source = ""  # rows with a prompt
@@ -37,6 +42,13 @@ class GenerateConfig(Sampling):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self, prompts=(bool(self.prompt) != bool(self.prompts), "either --prompt or --prompts"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(ppo.Config):
+    """PPO on prompts, against a reward model or, in Python, reward functions."""
+
+    plan: bool = False  # print the memory that every part will take in every phase, and load nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +126,15 @@ def run_demo(config: demo.Config) -> None:
     console.print(f"report: {demo.run(config, console)}", highlight=False, soft_wrap=True)
 
 
+def run_ppo(config: PPOConfig) -> None:
+    """Train, or print what memory that would take."""
+    chosen = ppo.Config(**{field.name: getattr(config, field.name) for field in fields(ppo.Config)})
+    if config.plan:
+        Console().print(ppo.plan(chosen).table())
+    else:
+        ppo.train(chosen)
+
+
 def run_generate(config: GenerateConfig) -> None:
     """Answer prompts, on the terminal or into a file."""
     if not Path(config.output).parent.is_dir():
@@ -180,7 +201,9 @@ COMMANDS: dict[str, tuple[type, Callable[..., object]]] = {
     "pretrain": (sft.PretrainConfig, sft.pretrain),
     "sft": (sft.Config, sft.train),
     "reward": (reward.Config, reward.train),
-    "ppo": (ppo.Config, ppo.train),
+    "ppo": (PPOConfig, run_ppo),
+    "dpo": (dpo.Config, dpo.train),
+    "grpo": (grpo.Config, grpo.train),
     "generate": (GenerateConfig, run_generate),
     "evaluate": (EvaluateConfig, run_evaluate),
     "report": (ReportConfig, run_report),

@@ -14,7 +14,7 @@ import tyro
 import yaml
 
 C = TypeVar("C")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "mixed": torch.float32}
 SCHEDULES = ("constant", "linear", "cosine")
 
 # A path or dataset name on the command line; in Python also the rows themselves.
@@ -31,7 +31,8 @@ class RunConfig:
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
     dtype: str = "float32"
-    """float32 or bfloat16: of weights and activations. Log-probs, values and losses are float32 at least."""
+    """float32 or bfloat16: of weights and activations; mixed: weights that learn in float32, products in bfloat16.
+    Log-probs, values and losses are float32 at least."""
     learning_rate: float = 1e-5
     schedule: str = "constant"
     """constant, linear (to 0) or cosine (to a tenth of the peak), after the warm-up."""
@@ -41,6 +42,8 @@ class RunConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
+    adam_bits: int = 32
+    """Of each number that AdamW remembers: 32, or 8 through torchao (the lowbit extra), a quarter of the memory."""
     max_grad_norm: float = 1.0
     """Global norm that gradients are clipped to; 0 switches clipping off."""
     tokens_per_micro: int = 16384
@@ -63,6 +66,7 @@ class RunConfig:
             learning_rate=(self.learning_rate >= 0, "at least 0"),
             schedule=(self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             warmup_ratio=(0 <= self.warmup_ratio <= 1, "a share between 0 and 1"),
+            adam_bits=(self.adam_bits in (8, 32), "8 or 32"),
             max_grad_norm=(self.max_grad_norm >= 0, "at least 0 (0: no clipping)"),
             tokens_per_micro=(self.tokens_per_micro >= 1, "at least 1"),
             save_every=(self.save_every >= 0, "at least 0 (0: only at the end)"),
@@ -74,12 +78,17 @@ class RunConfig:
         return DTYPES[self.dtype]
 
     @property
-    def torch_device(self) -> torch.device:
+    def device_type(self) -> str:
+        """cpu or cuda, whether or not this machine has it."""
         if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device == "cuda" and not torch.cuda.is_available():
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return self.device
+
+    @property
+    def torch_device(self) -> torch.device:
+        if self.device_type == "cuda" and not torch.cuda.is_available():
             raise ValueError("device: expected cpu or auto on a machine without CUDA, got 'cuda'")
-        return torch.device(self.device)
+        return torch.device(self.device_type)
 
 
 def check(config: object, **rules: tuple[bool, str]) -> None:
@@ -127,8 +136,13 @@ def read_yaml(cls: type, path: str) -> list[str]:
     return args
 
 
+def hidden(option: dataclasses.Field[Any]) -> bool:
+    """Whether an option is for Python alone: neither files nor the command line can spell it."""
+    return str(option.type).startswith("Suppress")
+
+
 def _known(cls: type, name: str) -> None:
-    options = [f.name for f in dataclasses.fields(cls)]
+    options = [f.name for f in dataclasses.fields(cls) if not hidden(f)]
     if name in options or name.removeprefix("no_") in options or name == "help":
         return
     near = difflib.get_close_matches(name, options, n=1)

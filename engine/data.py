@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, TypeAlias, TypeVar, overload
+from typing import TypeVar, overload
 
+from twinhead.engine import formats, preferences
 from twinhead.engine.batch import Example
-from twinhead.engine.rows import Row, Source, kind, rows, source_name
-from twinhead.engine.text import Message, Text, check_messages
-
-Words: TypeAlias = str | Sequence[Message]  # plain text, or a conversation
+from twinhead.engine.rows import Row, Source, Unusable, column, kind, source_name, stream
+from twinhead.engine.text import Message, Text, Words, words
 
 T = TypeVar("T")
 
@@ -27,6 +26,15 @@ class Comparison:
     examples: list[Example]  # (K,) sharing one prompt
     ranks: list[int]  # (K,) smaller is better, equal is a tie; at least two differ
     margin: float = 0.0  # how much better a better answer must score
+    labeler: str = ""  # who ranked them; empty: unknown
+
+
+@dataclass(frozen=True, slots=True)
+class Unpaired:
+    """An answer and whether it is a good one, without another to compare it with: what KTO learns from."""
+
+    example: Example
+    label: bool  # True: desirable
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +54,8 @@ class Loaded(Sequence[T]):
     num_rows: int
     dropped: dict[str, list[int]] = field(default_factory=dict)  # reason -> row numbers
     cut: list[int] = field(default_factory=list)  # rows whose end did not fit: they teach no EOS
+    malformed: dict[int, int] = field(default_factory=dict)  # row number -> turns of it that were left out
+    formats: tuple[str, ...] = ()  # of the rows, by their names in formats.py; none if all columns were native
 
     def __len__(self) -> int:
         return len(self.items)
@@ -58,13 +68,18 @@ class Loaded(Sequence[T]):
         return self.items[index]
 
     def summary(self) -> str:
-        """One sentence: '2190 rows, 2 dropped (prompt longer than 512 tokens: rows 17, 93), 1 cut (row 5)'."""
-        parts = ["1 row" if self.num_rows == 1 else f"{self.num_rows} rows"]
+        """One sentence: '90 rows of dolly, 2 dropped (prompt longer than 512 tokens: rows 17, 93), 1 cut (row 5)'."""
+        count = "1 row" if self.num_rows == 1 else f"{self.num_rows} rows"
+        parts = [f"{count} of {' and '.join(self.formats)}" if self.formats else count]
         if self.dropped:
             reasons = "; ".join(f"{reason}: {_listed(numbers)}" for reason, numbers in self.dropped.items())
             parts.append(f"{sum(map(len, self.dropped.values()))} dropped ({reasons})")
         if self.cut:
             parts.append(f"{len(self.cut)} cut ({_listed(self.cut)})")
+        if self.malformed:
+            turns = sum(self.malformed.values())
+            of = _listed(list(self.malformed))
+            parts.append(f"{turns} malformed turn{'s' if turns > 1 else ''} left out ({of})")
         return ", ".join(parts)
 
 
@@ -72,30 +87,6 @@ def _listed(numbers: list[int], shown: int = 5) -> str:
     """'row 17', or 'rows 17, 93, 95, 96, 97, ...'."""
     few = ", ".join(map(str, numbers[:shown])) + (", ..." if len(numbers) > shown else "")
     return f"row {few}" if len(numbers) == 1 else f"rows {few}"
-
-
-class _Unusable(Exception):
-    """Raised by a reader for a row that is well formed but teaches nothing: it is dropped and counted."""
-
-
-def _column(row: Row, *names: str, wanted: str) -> Any:
-    """The first of these columns that the row has. `wanted` says what the row should have had."""
-    for name in names:
-        if name in row:
-            return row[name]
-    raise ValueError(f"expected {wanted}, got {'the columns ' + ', '.join(row) if row else 'no columns'}")
-
-
-def _words(value: Any, column: str) -> Words:
-    """Text as it is, or a list of messages, checked."""
-    if isinstance(value, list):
-        try:
-            check_messages(value)
-        except ValueError as error:
-            raise ValueError(f"{column}: {error}") from error
-    elif not isinstance(value, str):
-        raise ValueError(f"expected {column} to be text or a list of messages, got {kind(value)}")
-    return value
 
 
 def _answer(text: Text, prompt: Words, completion: Words, finished: bool = True) -> Example:
@@ -108,7 +99,7 @@ def _answer(text: Text, prompt: Words, completion: Words, finished: bool = True)
             raise ValueError("expected prompt and completion to be both text or both messages, got text and messages")
         return _conversation(text, [*prompt, *completion], first=len(prompt))
     if not completion.strip():
-        raise _Unusable("empty completion")  # its EOS would teach silence
+        raise Unusable("empty completion")  # its EOS would teach silence
     if isinstance(prompt, str) or not finished:
         return Example(text.prompt(prompt), text.completion(completion, append_eos=finished))
     return text.conversation([*prompt, {"role": "assistant", "content": completion}], first=len(prompt))
@@ -116,7 +107,7 @@ def _answer(text: Text, prompt: Words, completion: Words, finished: bool = True)
 
 def _conversation(text: Text, messages: Sequence[Message], first: int = 0) -> Example:
     if any(m["role"] == "assistant" and not m["content"].strip() for m in messages[first:]):
-        raise _Unusable("empty completion")
+        raise Unusable("empty completion")
     return text.conversation(messages, first)
 
 
@@ -128,7 +119,7 @@ def _fit(example: Example, max_length: int) -> tuple[Example, bool]:
     learn = None if example.learn is None else example.learn[: max(room, 0)]
     fitted = Example(example.prompt, example.response[: max(room, 0)], learn)
     if not (any(learn) if learn is not None else fitted.response):
-        raise _Unusable(f"prompt alone fills {max_length} tokens")
+        raise Unusable(f"prompt alone fills {max_length} tokens")
     return fitted, True
 
 
@@ -137,27 +128,44 @@ def _check_length(max_length: int) -> None:
         raise ValueError(f"expected max_length >= 2 (a token and the one it predicts), got {max_length}")
 
 
-def _load(source: Source, build: Callable[[Row], tuple[list[T], bool]]) -> Loaded[T]:
+def _load(source: Source, build: Callable[[Row], tuple[list[T], bool]], convert: bool = True) -> Loaded[T]:
     """Build the items of every row; count the unusable ones; name the row in every error.
 
-    build: row -> (its items, whether something was cut); raises _Unusable to drop the row, ValueError to stop.
+    Rows pass through one at a time: only what is built of them stays in memory (of message trees, the rows as well).
+    build: native row -> (its items, whether something was cut); raises Unusable to drop the row, ValueError to stop.
+    convert: rows in a known format become native ones first.
     """
-    table = rows(source)
     items: list[T] = []
-    cut: list[int] = []
     dropped: dict[str, list[int]] = {}
-    for number, row in enumerate(table, 1):
+    cut: list[int] = []
+    malformed: dict[int, int] = {}
+    names: dict[str, None] = {}  # a set that keeps its order
+    num_rows = 0
+
+    def numbered() -> Iterator[tuple[int, Row]]:
+        nonlocal num_rows
+        for row in stream(source):
+            num_rows += 1
+            yield num_rows, row
+
+    for number, row in formats.threads(numbered()) if convert else numbered():
+        known = formats.recognised(row) if convert else None
+        names[known.name if known else "native"] = None
         try:
-            built, was_cut = build(row)
-        except _Unusable as unusable:
+            native = known.convert(row) if known else row
+            if left_out := native.pop(formats.LEFT_OUT, 0):
+                malformed[number] = left_out
+            built, was_cut = build(native)
+        except Unusable as unusable:
             dropped.setdefault(str(unusable), []).append(number)
             continue
         except ValueError as error:
-            raise ValueError(f"{source_name(source)} row {number}: {error}") from error
+            where = f"{source_name(source)} row {number}{f' ({known.name})' if known else ''}"
+            raise ValueError(f"{where}: {error}{formats.hint(row) if convert else ''}") from error
         items += built
         if was_cut:
             cut.append(number)
-    loaded = Loaded(items, len(table), dropped, cut)
+    loaded = Loaded(items, num_rows, dropped, cut, malformed, () if list(names) == ["native"] else tuple(names))
     if not items:
         raise ValueError(f"{source_name(source)}: no row is left: {loaded.summary()}")
     return loaded
@@ -169,20 +177,21 @@ def demonstrations(source: Source, text: Text, max_length: int) -> Loaded[Exampl
     Of `messages`, every assistant turn is learned. A response is cut on the right where prompt + response exceed
     `max_length` tokens (it then teaches no EOS). Dropped and counted: an empty completion, whose EOS would teach
     silence, and a prompt that leaves no room for a target. Raises ValueError naming the row for anything malformed.
+    Rows in a format of formats.py become such rows first, here and in every reader below but documents().
     """
     _check_length(max_length)
 
     def build(row: Row) -> tuple[list[Example], bool]:
         if row.get("messages") is not None:
-            messages = _words(row["messages"], "messages")
+            messages = words(row["messages"], "messages")
             if isinstance(messages, str):
                 raise ValueError("expected messages to be a list of messages, got str")
             example = _conversation(text, messages)
         else:
             wanted = "the columns prompt and completion (or response, or answer), or messages"
-            prompt = _words(_column(row, "prompt", wanted=wanted), "prompt")
-            completion = _column(row, *COMPLETION_COLUMNS, wanted=wanted)
-            example = _answer(text, prompt, _words(completion, "completion"))
+            prompt = words(column(row, "prompt", wanted=wanted), "prompt")
+            completion = column(row, *COMPLETION_COLUMNS, wanted=wanted)
+            example = _answer(text, prompt, words(completion, "completion"))
         example, was_cut = _fit(example, max_length)
         return [example], was_cut
 
@@ -198,135 +207,115 @@ def documents(source: Source, text: Text, max_length: int) -> Loaded[Example]:
     _check_length(max_length)
 
     def build(row: Row) -> tuple[list[Example], bool]:
-        document = _column(row, "text", wanted="the column text")
+        document = column(row, "text", wanted="the column text")
         if not isinstance(document, str):
             raise ValueError(f"expected text to be text, got {kind(document)}")
         if not document.strip():
-            raise _Unusable("empty text")
+            raise Unusable("empty text")
         ids = text.document(document)
         starts = range(0, len(ids) - 1, max_length - 1)
         return [Example([ids[s]], ids[s + 1 : s + max_length]) for s in starts], False
 
-    return _load(source, build)
+    return _load(source, build, convert=False)
 
 
-def comparisons(source: Source, text: Text, max_length: int) -> Loaded[Comparison]:
+def comparisons(source: Source, text: Text, max_length: int, min_score_ratio: float = 1.0) -> Loaded[Comparison]:
     """Ranked answers, in one of two forms.
 
     pairs   `chosen` and `rejected`, text or messages, with `prompt` or without: then what both begin with is the
-            prompt (whole words, or whole messages). Optional `margin`: a number.
+            prompt (whole words, or whole messages). Optional `margin`: a number. Optional `score_chosen` and
+            `score_rejected`: equal scores are a tie. Optional `score_ratio` (SHP): below `min_score_ratio` dropped.
     ranked  `prompt`, `completions` (K texts) and `ranks` (K integers, smaller is better, ties allowed). Optional
             `finished` (K booleans): a completion that was cut off gets no EOS.
 
-    Too long answers are cut on the right. Dropped and counted, because they hold no preference: fewer than two answers,
-    all tied, all the same within `max_length`, an empty one, or a prompt that leaves no room.
+    In both, optional `labeler_id`, text or an integer: who compared. Too long answers are cut on the right. Dropped
+    and counted, because they hold no preference: fewer than two answers, all tied, all the same within `max_length`, an
+    empty one, or a prompt that leaves no room.
     """
     _check_length(max_length)
 
     def build(row: Row) -> tuple[list[Comparison], bool]:
-        ranked = "completions" in row or "ranks" in row
-        prompt, answers, ranks = _ranked(row) if ranked else _pair(row)
+        prompt, answers, ranks = preferences.answers(row)
         if len(answers) < 2:
-            raise _Unusable("fewer than two answers")
+            raise Unusable("fewer than two answers")
         if len(set(ranks)) == 1:
-            raise _Unusable("all answers tied")
-        ended = _finished(row, len(answers))
+            raise Unusable("all answers tied")
+        if preferences.number(row, "score_ratio", math.inf) < min_score_ratio:
+            raise Unusable(f"score ratio below {min_score_ratio:g}")
+        ended = preferences.finished(row, len(answers))
         answered = [_answer(text, prompt, a, e) for a, e in zip(answers, ended, strict=True)]
         fitted = [_fit(example, max_length) for example in answered]
         examples = [example for example, _ in fitted]
         if any(example.prompt != examples[0].prompt for example in examples):
             raise ValueError("expected answers to one prompt, got answers that begin with another question")
         if all(example.response == examples[0].response for example in examples):
-            raise _Unusable("all answers the same")
-        return [Comparison(examples, ranks, _margin(row))], any(was_cut for _, was_cut in fitted)
+            raise Unusable("all answers the same")
+        margin = preferences.number(row, "margin", 0.0)
+        return [Comparison(examples, ranks, margin, preferences.labeler(row))], any(was_cut for _, was_cut in fitted)
 
     return _load(source, build)
 
 
-def _ranked(row: Row) -> tuple[Words, list[Words], list[int]]:
-    wanted = "the columns prompt, completions and ranks"
-    prompt = _words(_column(row, "prompt", wanted=wanted), "prompt")
-    answers = _column(row, "completions", wanted=wanted)
-    ranks = _column(row, "ranks", wanted=wanted)
-    for name, column in (("completions", answers), ("ranks", ranks)):
-        if not isinstance(column, list):
-            raise ValueError(f"expected {name} to be a list, got {kind(column)}")
-    if len(ranks) != len(answers):
-        raise ValueError(f"expected one rank per completion ({len(answers)}), got {len(ranks)}")
-    for rank in ranks:
-        if not isinstance(rank, int) or isinstance(rank, bool):
-            raise ValueError(f"expected ranks to be integers, got {kind(rank)}")
-    return prompt, [_words(answer, f"completion {i}") for i, answer in enumerate(answers, 1)], ranks
+def unpaired(source: Source, text: Text, max_length: int) -> Loaded[Unpaired]:
+    """Single answers that are good or not: `prompt`, `completion` (as in demonstrations) and `label`, a boolean.
 
+    A pair (`chosen` and `rejected`, as in comparisons) makes two of them. Dropped and counted: an empty completion, a
+    tied pair, and a prompt that leaves no room. Ethayarajh et al. 2024 (KTO), section 4.
+    """
+    _check_length(max_length)
 
-def _pair(row: Row) -> tuple[Words, list[Words], list[int]]:
-    wanted = "the columns chosen and rejected (with or without prompt), or prompt, completions and ranks"
-    chosen, rejected = (_words(_column(row, name, wanted=wanted), name) for name in ("chosen", "rejected"))
-    if row.get("prompt") is not None:
-        return _words(row["prompt"], "prompt"), [chosen, rejected], [0, 1]
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        start = _shared_words(chosen, rejected)
-    elif isinstance(chosen, list) and isinstance(rejected, list):
-        start = _shared_messages(chosen, rejected)
-    else:
-        raise ValueError("expected chosen and rejected to be both text or both messages, got one of each")
-    return chosen[:start], [chosen[start:], rejected[start:]], [0, 1]
+    def build(row: Row) -> tuple[list[Unpaired], bool]:
+        if "chosen" in row and "rejected" in row:
+            prompt, answers, ranks = preferences.answers(row)
+            if len(set(ranks)) == 1:
+                raise Unusable("all answers tied")
+            labels = [True, False]
+        else:
+            wanted = "the columns prompt, completion and label, or chosen and rejected"
+            prompt = words(column(row, "prompt", wanted=wanted), "prompt")
+            answers = [words(column(row, *COMPLETION_COLUMNS, wanted=wanted), "completion")]
+            labels = [column(row, "label", wanted=wanted)]
+            if not isinstance(labels[0], bool):
+                raise ValueError(f"expected label to be true or false, got {labels[0]!r}")
+        fitted = [_fit(_answer(text, prompt, answer), max_length) for answer in answers]
+        items = [Unpaired(example, label) for (example, _), label in zip(fitted, labels, strict=True)]
+        return items, any(was_cut for _, was_cut in fitted)
 
-
-def _shared_words(a: str, b: str) -> int:
-    """Length of the longest common beginning that ends before white space, so that no word is split."""
-    start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    while start and not (a[start : start + 1].isspace() and b[start : start + 1].isspace()):
-        start -= 1
-    return len(a[:start].rstrip())
-
-
-def _shared_messages(a: Sequence[Message], b: Sequence[Message]) -> int:
-    """Number of messages that both begin with, leaving at least one to each."""
-    start = 0
-    while start < min(len(a), len(b)) - 1 and a[start] == b[start]:
-        start += 1
-    if start == 0:
-        raise ValueError("expected chosen and rejected to begin with the same message, or a prompt column, got neither")
-    return start
-
-
-def _finished(row: Row, num: int) -> list[bool]:
-    finished = row.get("finished")
-    if finished is None:
-        return [True] * num
-    if not isinstance(finished, list) or len(finished) != num or not all(isinstance(f, bool) for f in finished):
-        raise ValueError(f"expected finished to hold one boolean per completion ({num}), got {finished!r}")
-    return finished
-
-
-def _margin(row: Row) -> float:
-    margin = row.get("margin")
-    if margin is None:
-        return 0.0
-    if not isinstance(margin, (int, float)) or isinstance(margin, bool) or not math.isfinite(margin):
-        raise ValueError(f"expected margin to be a finite number, got {margin!r}")
-    return float(margin)
+    return _load(source, build)
 
 
 def prompts(source: Source, text: Text, max_prompt_tokens: int) -> Loaded[Prompt]:
-    """Prompts to answer: column `prompt`, text or messages. Every other column is kept for reward functions.
+    """Prompts to answer: column `prompt`, text or messages. Other columns are kept for reward functions, rankings not.
 
-    A prompt longer than `max_prompt_tokens` is dropped and counted, never cut: its question may stand at the end.
+    Without that column a conversation (`messages`) is asked up to the assistant's last turn, a pair up to where its
+    answers part. A prompt longer than `max_prompt_tokens` is dropped and counted, never cut: its question may stand at
+    the end.
     """
     if max_prompt_tokens < 1:
         raise ValueError(f"expected max_prompt_tokens >= 1, got {max_prompt_tokens}")
 
     def build(row: Row) -> tuple[list[Prompt], bool]:
-        words = _words(_column(row, "prompt", wanted="the column prompt"), "prompt")
-        tokens = text.prompt(words)
+        asked = prompt_of(row)
+        tokens = text.prompt(asked)
         if not tokens:
-            raise _Unusable("empty prompt")
+            raise Unusable("empty prompt")
         if len(tokens) > max_prompt_tokens:
-            raise _Unusable(f"prompt longer than {max_prompt_tokens} tokens")
-        return [Prompt(tokens, words, {name: value for name, value in row.items() if name != "prompt"})], False
+            raise Unusable(f"prompt longer than {max_prompt_tokens} tokens")
+        ranking = ("completions", "ranks") if "completions" in row and "ranks" in row else ()
+        others = {name: value for name, value in row.items() if name not in ("prompt", *ranking)}
+        return [Prompt(tokens, asked, others)], False
 
     return _load(source, build)
+
+
+def prompt_of(row: Row) -> Words:
+    """What a native row asks (see prompts()). Raises ValueError if it asks nothing."""
+    if row.get("prompt") is None and row.get("messages") is not None:
+        asked = words(row["messages"], "messages")
+        return asked if isinstance(asked, str) else formats.before_the_reply(asked)
+    if row.get("prompt") is None and "chosen" in row and "rejected" in row:
+        return preferences.answers(row)[0]
+    return words(column(row, "prompt", wanted="the column prompt"), "prompt")
 
 
 @dataclass(frozen=True, slots=True)

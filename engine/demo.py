@@ -22,11 +22,11 @@ from twinhead.engine.batch import Example
 from twinhead.engine.checkpoint import write_file
 from twinhead.engine.data import Prompt
 from twinhead.engine.evaluate import Contest, perplexity
-from twinhead.engine.generate import Sampling
 from twinhead.engine.metrics import JsonLines
 from twinhead.engine.policy import Policy, RewardModel
 from twinhead.engine.rows import rows
 from twinhead.engine.run import Run
+from twinhead.engine.sampling import Sampling
 from twinhead.engine.text import Text
 
 

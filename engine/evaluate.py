@@ -14,8 +14,9 @@ from twinhead.engine import losses
 from twinhead.engine.batch import Example, Rollout, TokenSequence, cumulative, micro_batches, pack
 from twinhead.engine.data import Prompt
 from twinhead.engine.experience import Batch
-from twinhead.engine.generate import Sampling, generate
+from twinhead.engine.generate import generate
 from twinhead.engine.policy import Policy, RewardModel
+from twinhead.engine.sampling import Sampling
 from twinhead.engine.scorers import RewardFunction, model_scores, score_with
 from twinhead.engine.text import Text
 from twinhead.engine.trunk import check_fit

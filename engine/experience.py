@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +28,19 @@ class Experience:
     returns: Tensor  # (R,)
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The same without a critic: rollouts that were compared with others to the same prompt."""
+
+    packed: Packed
+    sampled: Tensor  # (R,)
+    logprobs: Tensor  # (R,)
+    advantages: Tensor  # (R,)
+    ref_logprobs: Tensor | None  # (R,) of the reference policy, where there is one
+
+
 Batch = list[list[Experience]]  # minibatches of micro-batches
+E = TypeVar("E", Experience, Comparison)
 
 
 def deal(rollouts: Sequence[Rollout], num_minibatches: int, tokens_per_micro: int, seed: int) -> list[list[list[int]]]:
@@ -51,7 +64,7 @@ def whitened(batch: Batch) -> Batch:
     return [[replace(e, advantages=next(parts)) for e in minibatch] for minibatch in batch]
 
 
-def corrected(batch: Batch, cap: float) -> Batch:
+def corrected(batch: list[list[E]], cap: float) -> list[list[E]]:
     """The same batch with every advantage weighted by how much likelier the trainer finds the token, at most `cap`."""
     return [
         [replace(e, advantages=e.advantages * importance(e.logprobs, e.sampled, cap)) for e in minibatch]

@@ -3,41 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from twinhead.engine.batch import Example, Rollout, pack
-from twinhead.engine.config import check
+from twinhead.engine import graphs
+from twinhead.engine.batch import Example, Rollout, micro_batches, pack
+from twinhead.engine.cache import SlotCache
 from twinhead.engine.policy import Policy
+from twinhead.engine.sampling import Sampling, Stops
+from twinhead.engine.step import LOGPROB, RAW, UNIFORM, VALUE, Step
 from twinhead.engine.trunk import check_fit
-from twinhead.kernels import sample
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How responses are drawn. temperature=0 is greedy; stop=None takes the checkpoint's EOS ids."""
-
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    stop: tuple[int, ...] | None = None
-    num_slots: int = 256  # sequences that decode side by side
-
-    def __post_init__(self) -> None:
-        check(
-            self,
-            max_new_tokens=(self.max_new_tokens >= 1, "at least 1"),
-            temperature=(self.temperature >= 0, "at least 0 (0: greedy)"),
-            top_k=(self.top_k >= 0, "at least 0 (0: off)"),
-            top_p=(0 < self.top_p <= 1, "above 0 and at most 1"),
-            min_p=(0 <= self.min_p < 1, "at least 0 and below 1"),
-            num_slots=(self.num_slots >= 1, "at least 1"),
-        )
+PREFILL_TOKENS = 16384  # of prompts that one pass reads
 
 
 def generate(
@@ -48,10 +26,12 @@ def generate(
 ) -> list[Rollout]:
     """One rollout per prompt, in the prompts' order.
 
-    Every row draws its uniforms from (seed, row, position), so its tokens do not depend on its neighbours. Log-probs
-    are those of the distribution that was sampled from (at temperature 0: of the untempered one). `on_finished` is
-    called with the number of rows finished so far. Raises ValueError for an empty prompt, an id outside the
-    vocabulary, or a prompt that leaves no room under the model's maximum length.
+    Every row draws its uniforms from (seed, row, position), or from a seed of its own, so its tokens do not depend on
+    its neighbours, nor on how often the cache's budget made it wait. Log-probs are those of the distribution that was
+    sampled from (at temperature 0: of the untempered one); `raw_logprobs` those of the model itself. `on_finished` is
+    called with the number of rows finished so far. Raises ValueError for an empty prompt, an id outside the vocabulary,
+    limits or seeds that are not one per prompt, a prompt that leaves no room under the model's maximum length, or a
+    budget that the longest request does not fit.
     """
     rollouts: dict[int, Rollout] = {}
     with policy.generating():
@@ -62,168 +42,312 @@ def generate(
     return [rollouts[i] for i in range(len(prompts))]
 
 
-def stream(policy: Policy, prompts: list[list[int]], sampling: Sampling | None = None) -> Iterator[dict[int, Rollout]]:
+def stream(
+    policy: Policy, prompts: list[list[int]], sampling: Sampling | None = None, *, max_staleness: int = 0
+) -> Iterator[dict[int, Rollout]]:
     """The rollouts of generate as they come, by the number of their prompt: those that ended with the same token.
 
-    Between two of them the policy is in the caller's mode and may score, but must not learn: the other rows are
-    unfinished. Raises ValueError as generate does, before the first one.
+    Between two of them the policy is in the caller's mode, and may score or learn. A row that was begun more than
+    `max_staleness` changes of the weights ago is begun anew; the others go on under the new weights, from the keys that
+    the old ones left in the cache, and `Rollout.staleness` counts the changes. Raises ValueError as generate does,
+    before the first one.
     """
     sampling = sampling or Sampling()
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {i}: expected at least one token, got none")
-    check_fit(policy.model, [Example(prompt, []) for prompt in prompts], sampling.max_new_tokens)
-    decoder = _Decoder(policy, prompts, sampling) if prompts else None
+    if max_staleness < 0:
+        raise ValueError(f"max_staleness: expected at least 0, got {max_staleness}")
+    if sampling.bootstrap and policy.value_head is None:
+        raise ValueError("bootstrap: expected a policy with a critic, got one without")
+    if sampling.cuda_graphs and not graphs.available(policy.device):
+        raise ValueError(f"cuda_graphs: expected a policy on a GPU, got one on {policy.device.type}")
+    limits = sampling.limits(len(prompts))
+    check_fit(policy.model, [Example(prompt, []) for prompt in prompts], [most for _, most in limits])
+    decoder = _Decoder(policy, prompts, sampling, limits, max_staleness) if prompts else None
     while decoder is not None and decoder.busy:
         with policy.generating():
             finished = decoder.advance()
         yield finished
+    if decoder is not None and sampling.keep_cache:
+        policy.kept = decoder.workspace
 
 
 class _Decoder:
-    """Running rows occupy slots 0..running-1: a finished row's slot takes the next prompt, or the last running row."""
+    """Running rows occupy slots 0..running-1: a finished row's slot takes the next prompt, or the last running row.
 
-    def __init__(self, policy: Policy, prompts: list[list[int]], sampling: Sampling) -> None:
-        self.policy, self.prompts, self.sampling = policy, prompts, sampling
-        stop = policy.eos_ids if sampling.stop is None else sampling.stop
-        self.stop = torch.tensor(stop, dtype=torch.int64, device=policy.device)
+    Under a budget the cache is a rectangle of that many bytes: many slots while rows are short, and when one outgrows
+    them fewer and longer ones. The newest rows then wait, with what they have drawn, and are read again later.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        limits: list[tuple[int, int]],
+        max_staleness: int,
+    ) -> None:
+        self.policy, self.prompts, self.sampling, self.limits = policy, prompts, sampling, limits
+        self.max_staleness, self.version, self.updates = max_staleness, policy.version, 0
+        self.begun: dict[int, int] = {}  # row -> updates of the weights when it drew its first token
         self.waiting = list(range(len(prompts)))[::-1]
-        self.finished: dict[int, Rollout] = {}  # since the last advance
-        slots, device, n = min(len(prompts), sampling.num_slots), policy.device, sampling.max_new_tokens
-        self.cache = policy.new_cache(slots, max(map(len, prompts)) + n)
         self.running: list[int] = []  # (slots,) the prompt that each slot is answering
-        self.length = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens in the cache
-        self.count = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens drawn
-        self.last = torch.zeros(slots, dtype=torch.int64, device=device)  # the newest token
-        self.first = torch.arange(slots, device=device) * n  # where a slot's numbers begin in the next four
-        self.uniforms = torch.empty(slots, n, device=device)
-        self.tokens = torch.zeros(slots, n, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(slots, n, device=device)
-        self.values = torch.zeros(slots, n, device=device)
-        self.buffers = (
-            self.length, self.count, self.last, self.uniforms, self.tokens, self.logprobs, self.values,
-        )  # fmt: skip
-        self.span = 0  # the longest length, kept on the host
+        self.steps = 0  # a row's length and its end are known without asking the device, from two numbers per slot:
+        self.base: list[int] = []  # tokens in the cache, less steps
+        self.ends: list[int] = []  # the step with which it reaches its limit
+        self.drawn: dict[int, tuple[list[int], Tensor]] = {}  # tokens and numbers of rows that lost their slot
+        self.finished: dict[int, Rollout] = {}  # since the last advance
+        self._survey()
+        self.longest = max(len(prompt) + most for prompt, (_, most) in zip(prompts, limits, strict=True))
+        self.room = self._room()
+        slots, width = min(len(prompts), sampling.num_slots), max(most for _, most in limits) + sampling.bootstrap
+        self._allocate(slots, width, policy.device)
+        stop = policy.eos_ids if sampling.stop is None else sampling.stop
+        self.stops = Stops(stop, sampling.stop_sequences, policy.device)
+        masked = bool(stop) and any(least for least, _ in limits)
+        self.step = Step(policy, sampling, self.stops.tokens, masked)
+        self.slots, capacity = self._shape(1 + max(map(len, prompts)))
+        self.workspace = self.step.workspace(self.slots, capacity)
+
+    def _allocate(self, slots: int, width: int, device: torch.device) -> None:
+        self.state = torch.zeros(5, slots, dtype=torch.int64, device=device)
+        self.length, self.count, self.last, self.least, self.most = self.state  # in the cache, drawn, newest, limits
+        self.first = torch.arange(slots, device=device) * width  # where a slot's tokens and numbers begin
+        self.tokens = torch.zeros(slots, width, dtype=torch.int64, device=device)
+        self.numbers = torch.zeros(4, slots, width, device=device)
 
     @property
     def busy(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def cache(self) -> SlotCache:
+        return self.workspace.cache
+
+    @property
+    def span(self) -> int:
+        """Tokens in the longest slot."""
+        return self.top + self.steps
+
     def advance(self) -> dict[int, Rollout]:
         """Decode until some rows have finished: these, by the number of their prompt."""
+        self._renew()
         while self.busy and not self.finished:
-            self.refill()
-            self.step()
+            if self.refill():
+                self._retire()
+            self.decode()
         finished, self.finished = self.finished, {}
         return finished
 
-    def refill(self) -> None:
-        """Prefill waiting prompts, packed together, into the free slots, and draw their first tokens."""
-        first, free = len(self.running), len(self.length) - len(self.running)
-        if not free or not self.waiting:
-            return
-        arrivals = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
+    def refill(self) -> bool:
+        """Prefill waiting prompts, packed together, into the free slots, and draw their next tokens."""
+        first, arrivals = len(self.running), self._admitted()
+        if not arrivals:
+            return False
         self.running += arrivals
-        prompts = [tuple(self.prompts[i]) for i in arrivals]
-        fresh = slice(first, first + len(arrivals))
-        hidden = self._prefill(prompts, first)
-        self.length[fresh] = torch.tensor(list(map(len, prompts)), device=self.policy.device)
-        self.count[fresh] = 0
+        fresh = slice(first, len(self.running))
         rows = torch.tensor(arrivals, device=self.policy.device)
-        self.uniforms[fresh] = uniforms(self.sampling.seed, rows, self.sampling.max_new_tokens)
-        self.span = max(self.span, *map(len, prompts))
-        self._draw(hidden, fresh)
+        self.numbers[UNIFORM, fresh] = self.sampling.uniforms(rows, len(self.prompts), self.tokens.shape[1])
+        texts: list[tuple[int, ...]] = []
+        for slot, row in enumerate(arrivals, first):
+            self.begun.setdefault(row, self.updates)
+            tokens, numbers = self.drawn.pop(row, ([], self.numbers[:, slot, :0]))
+            self.tokens[slot, : len(tokens)] = torch.tensor(tokens, device=self.policy.device)
+            self.numbers[:, slot, : len(tokens)] = numbers
+            texts.append((*self.prompts[row], *tokens))
+        counts = [len(text) - len(self.prompts[row]) for text, row in zip(texts, arrivals, strict=True)]
+        least, most = zip(*(self.limits[row] for row in arrivals), strict=True)
+        state = [list(map(len, texts)), counts, [0] * len(texts), least, most]
+        self.state[:, fresh] = torch.tensor(state, device=self.policy.device)
+        self.base += [len(text) - self.steps for text in texts]
+        self.ends += [self.steps + self._draws(row) - n - 1 for row, n in zip(arrivals, counts, strict=True)]
+        self._survey()
+        self._write(self.step.draw(self._prefill(texts, first), *self._chances(fresh)), fresh)
+        return True
 
-    def _prefill(self, prompts: list[tuple[int, ...]], first: int) -> Tensor:
-        """The last hidden state of each prompt, read into the slots from `first` on; equal prompts are read once."""
-        slots: dict[tuple[int, ...], int] = {}
-        for slot, prompt in enumerate(prompts, first):
-            slots.setdefault(prompt, slot)
-        packed = pack([Example(list(prompt), []) for prompt in slots], self.policy.device)
-        hidden = dict(zip(slots, self.policy.prefill(packed, self.cache, list(slots.values())), strict=True))
-        for slot, prompt in enumerate(prompts, first):
-            if slot != slots[prompt]:
-                self.cache.copy(slots[prompt], slot, len(prompt))
-        return torch.stack([hidden[prompt] for prompt in prompts])
-
-    def step(self) -> None:
-        """Retire what has finished, then decode one token in every running slot."""
-        self._retire()
+    def decode(self) -> None:
+        """Decode one token in every running slot, and retire the rows that it ends."""
+        if self.running and self.span == self.cache.capacity:
+            self._widen()
         batch = len(self.running)
-        if not batch or (self.waiting and batch < len(self.length)):
-            return  # nothing to decode, or the freed slots refill first
-        tokens, positions = self.last[:batch], self.length[:batch].clone()
-        self.span += 1
-        self.length[:batch] += 1
-        self._draw(self.policy.decode(tokens, positions, self.span, self.cache), slice(0, batch))
+        if batch:
+            tokens, positions = self.last[:batch], self.length[:batch].clone()
+            self.steps += 1
+            self.length[:batch] += 1
+            numbers, early = self._chances(slice(0, batch))
+            inputs = (tokens, positions, numbers, early)
+            if self.workspace.graphs is not None:
+                drawn = self.workspace.graphs(inputs, self.span)
+            else:
+                drawn = self.step(inputs, self.span, self.cache, self.even)
+            self._write(drawn, slice(0, batch))
+            self._retire()
 
-    def _draw(self, hidden: Tensor, where: slice) -> None:
-        """Sample the next token of these slots; its log-prob and the state's value come from the same hidden state."""
-        s, place = self.sampling, self.first[where] + self.count[where]
-        tokens, logprobs = sample(
-            self.policy.logits(hidden),
-            self.uniforms.view(-1)[place],
-            temperature=s.temperature,
-            top_k=s.top_k,
-            top_p=s.top_p,
-            min_p=s.min_p,
-        )
-        self.last[where] = tokens
-        self.tokens.view(-1).index_copy_(0, place, tokens)
-        self.logprobs.view(-1).index_copy_(0, place, logprobs.to(self.logprobs.dtype))
-        values = self.policy.values(hidden)
-        if values is not None:
-            self.values.view(-1).index_copy_(0, place, values)
+    def _prefill(self, texts: list[tuple[int, ...]], first: int) -> Tensor:
+        """The last hidden state of each text, read into the slots from `first` on; equal ones are read once."""
+        slots: dict[tuple[int, ...], int] = {}
+        for slot, text in enumerate(texts, first):
+            slots.setdefault(text, slot)
+        hidden: dict[tuple[int, ...], Tensor] = {}
+        for part in micro_batches(list(slots), list(map(len, slots)), PREFILL_TOKENS):
+            packed = pack([Example(list(text), []) for text in part], self.policy.device)
+            read = self.policy.prefill(packed, self.cache, [slots[text] for text in part])
+            hidden |= zip(part, read, strict=True)
+        for slot, text in enumerate(texts, first):
+            if slot != slots[text]:
+                self.cache.copy(slots[text], slot, len(text))
+        return torch.stack([hidden[text] for text in texts])
+
+    def _chances(self, where: slice) -> tuple[Tensor, Tensor]:
+        """(B,) the numbers that decide the next tokens, and (B,) bool: rows that must not stop yet."""
+        place = self.first[where] + self.count[where]
+        return self.numbers[UNIFORM].view(-1)[place], self.count[where] < self.least[where]
+
+    def _write(self, drawn: graphs.Tensors, where: slice) -> None:
+        """Note down what was drawn in these slots."""
+        place = self.first[where] + self.count[where]
+        self.last[where] = drawn[0]
+        self.tokens.view(-1).index_copy_(0, place, drawn[0])
+        for kind, number in zip(self.step.kinds, drawn[1:], strict=True):
+            self.numbers[kind].view(-1).index_copy_(0, place, number)
         self.count[where] += 1
 
     def _retire(self) -> None:
         """Turn finished rows into rollouts and close the gaps that they leave."""
-        batch = len(self.running)
-        stopped = torch.isin(self.last[:batch], self.stop)
-        done = stopped | (self.count[:batch] == self.sampling.max_new_tokens)
-        if not (finished := done.nonzero().squeeze(1).tolist()):
+        stopped: set[int] = set()
+        if self.stops:
+            _, count, last, least, most = self.state[:, : len(self.running)]
+            found = self.stops(self.tokens.view(-1), self.first[: len(last)], count, last, least)
+            if self.sampling.bootstrap:
+                found &= count <= most  # the token after the limit is drawn for the sake of its value alone
+            stopped = set(found.nonzero().squeeze(1).tolist())
+        if not stopped and self.steps < self.due:
             return
-        counts, stops = self.count[:batch].tolist(), stopped.tolist()
-        for slot in reversed(finished):
-            self._record(slot, counts[slot], stops[slot])
-            self._close(slot)
-        self.span = int(self.length[: len(self.running)].max()) if self.running else 0
+        for slot in reversed(range(len(self.running))):
+            if slot in stopped or self.steps == self.ends[slot]:
+                self._record(slot, slot in stopped)
+                self._close(slot)
+        self._survey()
 
-    def _record(self, slot: int, count: int, stopped: bool) -> None:
-        index = self.running[slot]
-        self.finished[index] = Rollout(
-            prompt=self.prompts[index],
+    def _record(self, slot: int, stopped: bool) -> None:
+        row, valued = self.running[slot], self.policy.value_head is not None
+        count = min(self._count(slot), self.limits[row][1])
+        numbers = self.numbers[:, slot, :count].clone()
+        raw = RAW if RAW in self.step.kinds else LOGPROB
+        self.finished[row] = Rollout(
+            prompt=self.prompts[row],
             response=self.tokens[slot, :count].tolist(),
-            logprobs=self.logprobs[slot, :count].clone(),
-            values=None if self.policy.value_head is None else self.values[slot, :count].clone(),
+            logprobs=numbers[LOGPROB],
+            values=numbers[VALUE] if valued else None,
             finished=stopped,
+            raw_logprobs=numbers[raw],
+            bootstrap=float(self.numbers[VALUE, slot, count]) if self.sampling.bootstrap and not stopped else 0.0,
+            staleness=self.updates - self.begun.pop(row),
         )
 
     def _close(self, slot: int) -> None:
         """Move the last running row into `slot`, so that running rows stay a prefix of the buffers."""
         last = len(self.running) - 1
         if slot != last:
-            self.cache.copy(last, slot, int(self.length[last]))
-            for buffer in self.buffers:
-                buffer[slot] = buffer[last]
-            self.running[slot] = self.running[last]
-        self.running.pop()
+            self.cache.copy(last, slot, self.base[last] + self.steps)
+            self.state[:, slot] = self.state[:, last]
+            self.tokens[slot] = self.tokens[last]
+            self.numbers[:, slot] = self.numbers[:, last]
+        for known in (self.running, self.base, self.ends):
+            known[slot] = known[last]
+            known.pop()
 
+    def _survey(self) -> None:
+        """After other rows run: the longest one, whether all are as long, and the step at which the next one ends."""
+        self.top = max(self.base, default=-self.steps)
+        self.even = len(set(self.base)) == 1
+        self.due = min(self.ends, default=self.steps)
 
-def uniforms(seed: int, rows: Tensor, num: int) -> Tensor:
-    """(B,) rows -> (B, num) float32 in [0, 1): a hash of (seed, row, position), the same in every batch.
+    def _draws(self, row: int) -> int:
+        """Tokens that are drawn for a row at most."""
+        return self.limits[row][1] + self.sampling.bootstrap
 
-    SplitMix64's finaliser (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
-    """
-    key = _mix(torch.tensor(seed, dtype=torch.int64, device=rows.device))
-    key = _mix(key + rows.to(torch.int64))[:, None]
-    bits = _mix(key + torch.arange(num, device=rows.device))
-    return ((bits >> 40) & 0xFFFFFF).float() * 2.0**-24
+    def _count(self, slot: int) -> int:
+        """Tokens that a slot has drawn."""
+        return self._draws(self.running[slot]) - (self.ends[slot] - self.steps)
 
+    # -- the budget ----------------------------------------------------------------------------------------------------
 
-def _mix(x: Tensor) -> Tensor:
-    """A bijection of int64 in which every input bit reaches every output bit (arithmetic wraps)."""
-    x = (x + 1) * -7046029254386353131  # 0x9E3779B97F4A7C15, the golden ratio; + 1, as 0 would stay 0
-    x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -4658895280553007687
-    x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * -7723592293110705685
-    return x ^ (x >> 31 & 0x1FFFFFFFF)
+    def _room(self) -> int | None:
+        """Tokens that the cache may hold. Raises ValueError where the longest request does not fit."""
+        if self.sampling.cache_bytes is None:
+            return None
+        size = self.policy.bytes_per_token()
+        if self.sampling.cache_bytes < self.longest * size:
+            needed = f"{self.longest * size} bytes, for the longest request of {self.longest} tokens"
+            raise ValueError(f"cache_bytes: expected at least {needed}, got {self.sampling.cache_bytes}")
+        return self.sampling.cache_bytes // size
+
+    def _shape(self, tokens: int) -> tuple[int, int]:
+        """Slots, and their capacity of at least `tokens`: the longest request's, or under a budget a fraction of it."""
+        slots, capacity = min(len(self.prompts), self.sampling.num_slots), self.longest
+        if self.room is None:
+            return slots, capacity
+        while (half := (capacity + 1) // 2) >= tokens and half < capacity:
+            capacity = half
+        return min(slots, self.room // capacity), capacity
+
+    def _admitted(self) -> list[int]:
+        """The waiting rows that may begin, oldest first, in slots for which no running row has to go."""
+        if not self.waiting:
+            return []
+        needed = max(self.span, self._length(self.waiting[-1]))
+        slots, capacity = self._shape(min(needed + 1, self.longest))
+        if slots > len(self.running):
+            self._resize(slots, capacity)
+        admitted: list[int] = []
+        while len(self.running) + len(admitted) < self.slots and self.waiting:
+            if self._length(self.waiting[-1]) > self.cache.capacity:
+                break
+            admitted.append(self.waiting.pop())
+        return admitted
+
+    def _widen(self) -> None:
+        """Make room for one more token in every slot; the rows that came last give theirs up."""
+        slots, capacity = self._shape(self.span + 1)
+        for row in sorted(self.running)[slots:]:
+            self._put_back(row, keep=True)
+        self._survey()
+        self._resize(slots, capacity)
+
+    def _resize(self, slots: int, capacity: int) -> None:
+        if self.room is not None and (slots, capacity) != (self.cache.num_slots, self.cache.capacity):
+            self.slots = slots
+            self.cache.resize(slots, capacity, len(self.running), self.span)
+            if self.workspace.graphs is not None:
+                self.workspace.graphs = self.step.graphs(self.cache)
+
+    def _put_back(self, row: int, keep: bool) -> None:
+        """Take a running row's slot; it waits, with what it has drawn or without."""
+        slot = self.running.index(row)
+        if keep:
+            count = self._count(slot)
+            self.drawn[row] = self.tokens[slot, :count].tolist(), self.numbers[:, slot, :count].clone()
+        self._close(slot)
+        self._wait(row)
+
+    def _wait(self, row: int) -> None:
+        self.waiting = sorted([*self.waiting, row], reverse=True)
+
+    def _length(self, row: int) -> int:
+        return len(self.prompts[row]) + len(self.drawn[row][0] if row in self.drawn else ())
+
+    # -- the weights ---------------------------------------------------------------------------------------------------
+
+    def _renew(self) -> None:
+        """Begin anew what was begun under weights that have since changed more often than is allowed."""
+        if self.policy.version == self.version:
+            return
+        self.version, self.updates = self.policy.version, self.updates + 1
+        for row in [row for row, begun in self.begun.items() if self.updates - begun > self.max_staleness]:
+            del self.begun[row]
+            self.drawn.pop(row, None)
+            if row in self.running:
+                self._put_back(row, keep=False)
+        self._survey()

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from twinhead.engine.data import Prompt
-from twinhead.engine.generate import Sampling, generate
+from twinhead.engine.generate import generate
 from twinhead.engine.policy import Policy
+from twinhead.engine.sampling import Sampling
 from twinhead.engine.scorers import RewardFunction, score_with
 from twinhead.engine.text import Text
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twinhead.engine.batch import segment_ids, segment_sum
-from twinhead.kernels import kl_estimate
+from twinhead.kernels import gae, kl_estimate
 
 # -- reward model ------------------------------------------------------------------------------------------------------
 
@@ -48,6 +48,32 @@ def kwise(scores: Tensor, ranks: Tensor, cu_groups: Tensor, margin: Tensor | Non
     winner, loser, group = pairs(ranks, cu_groups)
     loss = bradley_terry(scores[winner], scores[loser], 0.0 if margin is None else margin[group])
     total = scores.new_zeros(len(cu_groups) - 1).index_add(0, group, loss)
+    return total / num_pairs(ranks, cu_groups).clamp(min=1)
+
+
+def plackett_luce(scores: Tensor, ranks: Tensor, cu_groups: Tensor, margin: Tensor | None = None) -> Tensor:
+    """(G,): -log P(ranking), by the number of choices that it is made of; 0 where there are none.
+
+    Plackett 1975; Luce 1959; as a loss ListMLE (Xia et al. 2008): the best response is chosen from all, the next from
+    the rest, and so on. Tied responses are not chosen from each other. Two responses make it bradley_terry().
+    scores, ranks: (S,); margin: (G,), by how much a choice must lead the rest.
+    """
+    group = segment_ids(cu_groups)
+    worse = (group[:, None] == group[None, :]) & (ranks[:, None] < ranks[None, :])
+    rivals = scores[None, :] if margin is None else scores[None, :] + margin[group][:, None]
+    rest = torch.cat([scores[:, None], rivals.expand_as(worse).masked_fill(~worse, -math.inf)], 1)
+    zeros = scores.new_zeros(len(cu_groups) - 1)
+    total = zeros.index_add(0, group, rest.logsumexp(1) - scores)
+    return total / zeros.index_add(0, group, worse.any(1).to(scores.dtype)).clamp(min=1)
+
+
+def centring(scores: Tensor, ranks: Tensor, cu_groups: Tensor) -> Tensor:
+    """(G,): the mean of (winner + loser)^2 over each prompt's decided pairs, which pulls scores towards 0.
+
+    Eisenstein et al. 2023, section 2: rankings alone leave it open where a prompt's scores lie. scores, ranks: (S,).
+    """
+    winner, loser, group = pairs(ranks, cu_groups)
+    total = scores.new_zeros(len(cu_groups) - 1).index_add(0, group, (scores[winner] + scores[loser]).square())
     return total / num_pairs(ranks, cu_groups).clamp(min=1)
 
 
@@ -110,6 +136,15 @@ class AdaptiveKL:
         return self.coef
 
 
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """(R,) half the larger squared error, of the value or of the value kept within `clip` of the old one; (R,) bool, is
+    it the latter? (Schulman et al. 2017, as openai/baselines' ppo2 and Ziegler et al. 2019 have it.)"""
+    error = (values - returns).square()
+    # clamped to two borders, not moved by a clamped step: the step's rounding would look like a clip
+    clipped_error = (values.clamp(old_values - clip, old_values + clip) - returns).square()
+    return torch.maximum(error, clipped_error) / 2, clipped_error > error
+
+
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     """0-dim: 1 - Var(returns - values) / Var(returns); NaN where the returns hardly vary."""
     variance = returns.var(correction=0)
@@ -140,13 +175,81 @@ def group_advantages(scores: Tensor, group_size: int, *, kind: str = "grpo", eps
     grouped = scores.view(-1, group_size)
     centred = grouped - grouped.mean(1, keepdim=True)
     if kind == "grpo":
-        std = grouped.std(1, keepdim=True)
-        centred = torch.where(std > 0, centred / (std + eps), torch.zeros_like(centred))
+        centred = centred / (grouped.std(1, keepdim=True) + eps)
     elif kind == "rloo":
         centred = centred * group_size / (group_size - 1)
     elif kind != "dr_grpo":
         raise ValueError(f"kind: expected 'grpo', 'dr_grpo' or 'rloo', got {kind!r}")
-    return centred.reshape(-1)
+    flat = (grouped == grouped[:, :1]).all(1, keepdim=True)  # their mean is rounded, so they may differ from it
+    return centred.masked_fill(flat, 0.0).reshape(-1)
+
+
+def process_advantages(
+    rewards: Tensor, cu_rows: Tensor, group_size: int, *, kind: str = "grpo", eps: float = 1e-4
+) -> Tensor:
+    """(R,): the sum of the relative rewards of all steps that end at a token or after it (Shao et al. 2024, section
+    4.1.3: process supervision).
+
+    rewards: (R,), NaN at tokens that end no step. A step is compared with all steps of its group of `group_size`
+    responses, or for "rloo" with those of the other responses; one step per response makes it group_advantages().
+    """
+    steps = ~rewards.isnan()
+    worth, response = rewards[steps], segment_ids(cu_rows)[steps]
+    num_responses, ones = len(cu_rows) - 1, torch.ones_like(worth)
+    group, num_groups = response // group_size, num_responses // group_size
+
+    def total(of: Tensor, owner: Tensor, num: int) -> Tensor:
+        return of.new_zeros(num).index_add(0, owner, of)[owner]
+
+    sums, counts = (total(x, group, num_groups) for x in (worth, ones))
+    if kind == "rloo":
+        sums, counts = (x - total(y, response, num_responses) for x, y in ((sums, worth), (counts, ones)))
+    elif kind not in ("grpo", "dr_grpo"):
+        raise ValueError(f"kind: expected 'grpo', 'dr_grpo' or 'rloo', got {kind!r}")
+    centred = worth - sums / counts.clamp(min=1)
+    if kind == "grpo":
+        variance = total(centred.square(), group, num_groups) / (counts - 1).clamp(min=1)
+        centred = centred / (variance.sqrt() + eps)
+    low, high = (
+        worth.new_zeros(num_groups).scatter_reduce(0, group, worth, edge, include_self=False)[group]
+        for edge in ("amin", "amax")
+    )
+    centred = centred.masked_fill(low == high, 0.0)
+    relative = torch.zeros_like(rewards).masked_scatter(steps, centred)
+    return gae(relative, torch.zeros_like(relative), gamma=1.0, lam=1.0, cu_seqlens=cu_rows)[1]
+
+
+def response_ratio(logprobs: Tensor, old_logprobs: Tensor, cu_rows: Tensor) -> Tensor:
+    """(R,): log-probs to which the ratio of every token is exp(mean of log pi - log pi_old), that of its response.
+
+    GSPO in its token form (Zheng et al. 2025, equations 7 and 14): the ratio is the same for all tokens of a response,
+    and its gradient passes through each token's own log-prob. Constants: no gradient passes through the result.
+    """
+    logprobs = logprobs.detach()
+    means = segment_sum(logprobs - old_logprobs, cu_rows) / cu_rows.diff().clamp(min=1)
+    return logprobs - means[segment_ids(cu_rows)]
+
+
+def overlong(lengths: Tensor, limit: int, buffer: int) -> Tensor:
+    """(S,) from 0 to -1: what is within `buffer` tokens of the limit is worth less, in proportion (soft over-long
+    punishment; Yu et al. 2025, equation 13)."""
+    return -((lengths - (limit - buffer)) / buffer).clamp(0.0, 1.0)
+
+
+def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, cu_rows: Tensor) -> Tensor:
+    """(S,): the k1 estimate of KL(pi || pi_ref) of every sequence, in nats."""
+    return segment_sum(kl_estimate(logprobs, ref_logprobs, kind="k1"), cu_rows)
+
+
+# -- unpaired answers --------------------------------------------------------------------------------------------------
+
+
+def kl_baseline(logratios: Tensor) -> Tensor:
+    """0-dim: z0 = max(0, mean of log pi - log pi_ref) of answers to other prompts; no gradient passes.
+
+    Ethayarajh et al. 2024, equation 7: a biased estimate of KL(pi || pi_ref), for which nothing has to be sampled.
+    """
+    return logratios.detach().mean().clamp(min=0)
 
 
 def kto(
@@ -165,8 +268,3 @@ def kto(
     good = desirable_weight * (1.0 - torch.sigmoid(beta * (logratios - z0)))
     bad = undesirable_weight * (1.0 - torch.sigmoid(beta * (z0 - logratios)))
     return torch.where(labels.bool(), good, bad)
-
-
-def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, cu_rows: Tensor) -> Tensor:
-    """(S,): the k1 estimate of KL(pi || pi_ref) of every sequence, in nats."""
-    return segment_sum(kl_estimate(logprobs, ref_logprobs, kind="k1"), cu_rows)

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
+from twinhead.engine import adam
 from twinhead.engine.config import RunConfig
 
 
@@ -28,14 +30,8 @@ class Optimizer:
         for name, p in self.parameters.items():
             scale = next((s for prefix, s in (scales or {}).items() if name.startswith(prefix)), 1.0)
             groups.setdefault((scale, config.weight_decay if p.ndim >= 2 else 0.0), []).append(p)
-        betas = (config.adam_beta1, config.adam_beta2)
-        self.adam = torch.optim.AdamW(
-            [{"params": ps, "weight_decay": decay, "scale": scale} for (scale, decay), ps in groups.items()],
-            lr=config.learning_rate,
-            betas=betas,
-            eps=config.adam_eps,
-            fused=True,
-        )
+        described = [{"params": ps, "weight_decay": decay, "scale": scale} for (scale, decay), ps in groups.items()]
+        self.adam = adam.adamw(described, config)
         self.num_steps = 0
         self.skipped = 0
 
@@ -52,8 +48,10 @@ class Optimizer:
         finite = math.isfinite(norm)
         if finite:
             for group in self.adam.param_groups:
-                group["lr"] = rate * group["scale"]
+                scaled = rate * group["scale"]
+                group["lr"] = torch.tensor(scaled) if isinstance(group["lr"], Tensor) else scaled  # torchao has tensors
             self.adam.step()
+            increment_version(self.parameters.values())  # fused AdamW does not: Policy.version lives on it
         else:
             self.skipped += 1
         self.num_steps += 1
@@ -65,24 +63,24 @@ class Optimizer:
         tensors = {
             f"{name}.{key}": value
             for name, p in self.parameters.items()
-            for key, value in self.adam.state.get(p, {}).items()
+            for key, value in adam.plain(self.adam.state.get(p, {})).items()
         }
         return tensors, {"num_steps": self.num_steps, "skipped": self.skipped}
 
     def restore(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
         """Put back what state() gave. Raises ValueError when it belongs to other parameters."""
-        missing = [name for name in self.parameters if f"{name}.exp_avg" not in tensors]
+        states: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, part = key.rsplit(".", 1)
+            states.setdefault(name, {})[part] = tensor
+        missing = [name for name in self.parameters if name not in states]
         if missing and counters["num_steps"] > counters["skipped"]:
             raise ValueError(f"optimizer state: expected every parameter of this model, but {missing[0]!r} is missing")
-        for key, tensor in tensors.items():
-            name, slot = key.rsplit(".", 1)
+        for name, parts in states.items():
             if name not in self.parameters:
                 raise ValueError(f"optimizer state: expected one of this model's parameters, got {name!r}")
             parameter = self.parameters[name]
-            if tensor.shape not in (parameter.shape, ()):
-                shapes = f"{tuple(parameter.shape)}, got {tuple(tensor.shape)}"
-                raise ValueError(f"optimizer state: expected {name} of shape {shapes}")
-            self.adam.state[parameter][slot] = tensor.to(parameter.device)
+            self.adam.state[parameter] = adam.whole(name, parameter, parts, self.config)
         self.num_steps, self.skipped = counters["num_steps"], counters["skipped"]
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from twinhead.engine.config import RunConfig, Source, check
 
+RANKING_LOSSES = ("pairwise", "listwise")
+ENSEMBLES = ("mean", "min", "mean_std")
+LOSSES = ("sigmoid", "robust", "hinge", "ipo", "ipo_mean", "kto")
+CLIPS = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "rloo": (0.2, 0.2), "gspo": (3e-4, 4e-4)}
 CRITICS = ("shared", "detached", "none")
 
 
@@ -26,6 +31,9 @@ class SFT(RunConfig):
     """Sequences of one optimizer step."""
     max_length: int = 1024
     """Tokens of a row; a longer response is cut on the right."""
+    template: str = ""
+    """How conversations are written, here and wherever the checkpoint goes: plain, alpaca, short, roles, tags, dialogue
+    or a .jinja file; empty: the tokenizer's own chat template, or plain if it has none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,8 +60,9 @@ class Reward(RunConfig):
     model: str
     """Checkpoint folder of the SFT model whose trunk the reward model starts from."""
     data: Source
+    """Column labeler_id, where there is one, says who compared."""
     eval_data: Source = ""
-    """Held-out comparisons: accuracy is measured on them at the end of every epoch."""
+    """Held-out comparisons: accuracy, also of every labeler, is measured on them at the end of every epoch."""
     demonstrations: Source = ""
     """Rows of prompt and completion whose mean score becomes 0; without them, the best answers of `data`."""
     output_dir: str = "runs/reward"
@@ -62,6 +71,12 @@ class Reward(RunConfig):
     batch_size: int = 16
     """Prompts of one optimizer step, each with all of its responses."""
     max_length: int = 1024
+    min_score_ratio: float = 1.0
+    """Pairs whose column score_ratio (SHP: the votes of the one over those of the other) is below are dropped."""
+    loss: str = "pairwise"
+    """pairwise (all pairs of a ranking, Bradley-Terry) or listwise (the ranking as a whole, Plackett-Luce)."""
+    centring_coef: float = 0.0
+    """Weight of the mean square of a pair's sum of scores, which keeps scores near 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,6 +85,61 @@ class Reward(RunConfig):
             epochs=(self.epochs >= 1, "at least 1"),
             batch_size=(self.batch_size >= 1, "at least 1"),
             max_length=(self.max_length >= 2, "at least 2"),
+            loss=(self.loss in RANKING_LOSSES, f"one of {', '.join(RANKING_LOSSES)}"),
+            centring_coef=(0 <= self.centring_coef < math.inf, "at least 0"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPO(RunConfig):
+    """Direct preference optimisation on comparisons, or on single answers labelled good or bad (kto)."""
+
+    model: str
+    """Checkpoint folder of the SFT model: the policy to start from."""
+    data: Source
+    """Columns prompt, chosen and rejected, or prompt, completions and ranks; for kto prompt, completion and label."""
+    eval_data: Source = ""
+    """Held-out rows: loss, accuracy and rewards are measured on them at the end of every epoch."""
+    reference: str = ""
+    """Checkpoint folder of the frozen policy that the log-ratios are taken to; empty: `model`."""
+    precompute_reference: bool = False
+    """Ask the reference once, before training, and then let it go; what it said is kept in output_dir."""
+    output_dir: str = "runs/dpo"
+    learning_rate: float = 1e-6
+    epochs: int = 1
+    batch_size: int = 32
+    """Prompts of one optimizer step, each with all of its answers; for kto answers."""
+    max_length: int = 1024
+    loss: str = "sigmoid"
+    """sigmoid (DPO), robust, hinge (SLiC), ipo (sums over tokens), ipo_mean (means over tokens) or kto (unpaired)."""
+    beta: float = 0.1
+    """How dear it is to leave the reference: the reward is beta * (log pi - log pi_ref). For ipo its tau."""
+    label_smoothing: float = 0.0
+    """Share of pairs believed to be swapped, for sigmoid (conservative DPO) and robust."""
+    desirable_weight: float = 1.0
+    """Weight of a good answer (kto), best such that the good ones of `data` weigh 1 to 4/3 of what the bad ones do."""
+    undesirable_weight: float = 1.0
+    """Weight of a bad answer (kto)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        smoothed, weighted = self.loss in ("sigmoid", "robust"), self.loss == "kto"
+        check(
+            self,
+            epochs=(self.epochs >= 1, "at least 1"),
+            batch_size=(self.batch_size >= 1, "at least 1"),
+            max_length=(self.max_length >= 2, "at least 2"),
+            loss=(self.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
+            beta=(0 < self.beta < math.inf, "above 0"),
+            label_smoothing=(0 <= self.label_smoothing < 0.5, "at least 0 and below 0.5"),
+            desirable_weight=(0 <= self.desirable_weight < math.inf, "at least 0"),
+            undesirable_weight=(0 <= self.undesirable_weight < math.inf, "at least 0"),
+        )
+        check(
+            self,
+            label_smoothing=(smoothed or self.label_smoothing == 0, f"0 with loss={self.loss}, which has none"),
+            desirable_weight=(weighted or self.desirable_weight == 1, f"1 with loss={self.loss}, which has none"),
+            undesirable_weight=(weighted or self.undesirable_weight == 1, f"1 with loss={self.loss}, which has none"),
         )
 
 
@@ -77,10 +147,14 @@ class Reward(RunConfig):
 class PPO(RunConfig):
     """PPO on prompts, against a reward model or, in Python, reward functions."""
 
-    model: str  # checkpoint folder of the SFT model: the policy to start from, and the frozen reference
+    model: str  # checkpoint folder of the SFT model: the policy to start from
+    reference: str = ""  # checkpoint folder of the frozen policy that it is held to; empty: model
     prompts: Source  # rows with a prompt; other columns go to the reward functions
     steps: int  # iterations of generate, score, examine, update
     reward_model: str = ""  # checkpoint folder of a reward model
+    reward_models: tuple[str, ...] = ()  # instead of it an ensemble of several, each score over its model's spread
+    ensemble: str = "mean"  # mean, min or mean_std (less ensemble_coef standard deviations) over the reward_models
+    ensemble_coef: float = 1.0
     reward_functions: tuple[str, ...] = ()  # file.py:function, each f(prompts, completions, **columns) -> list[float]
     reward_weights: tuple[float, ...] = ()  # of the reward model (if any) and then each function; empty: all 1
     output_dir: str = "runs/ppo"
@@ -93,6 +167,8 @@ class PPO(RunConfig):
     max_new_tokens: int = 128
     temperature: float = 1.0
     num_slots: int = 256  # sequences that decode side by side
+    cache_bytes: int | None = None  # of keys and values; rows that do not fit wait, or are read again (None: no limit)
+    cuda_graphs: bool = False  # on a GPU: record the decode step and replay it; graphs and cache stay between steps
     old_logprobs: str = "rollout"  # rollout: as the sampler saw them; recompute: by one more forward of the trainer
     importance_cap: float | None = None  # truncates weights p_trainer / p_sampler of the advantages; needs recompute
     mismatch_alarm: float = 0.02  # nats per token between sampler and trainer, above which every step says so
@@ -103,9 +179,11 @@ class PPO(RunConfig):
     kl_target_nats: float | None = None  # per sequence; adapts kl_coef towards it (None: kl_coef is fixed)
     kl_horizon: int = 10_000  # sequences over which kl_coef adapts
     missing_eos_penalty: float = 1.0  # subtracted from the score of a response that never stops
+    normalise_scores: bool = False  # less the mean of all scores so far, over their deviation, before EOS and clip
     score_clip: float | None = None
     gamma: float = 1.0
     lam: float = 0.95
+    bootstrap_truncated: bool = False  # GAE goes on after what was cut at max_new_tokens: at the critic's value
     clip_low: float = 0.2
     clip_high: float = 0.2
     value_clip: float = 0.2
@@ -117,12 +195,22 @@ class PPO(RunConfig):
     ptx_batch_size: int = 32  # blocks of text in one optimizer step
     ptx_max_length: int = 512
     eval_every: int = 0  # steps between calls of the evaluation function; 0: never
+    offload: bool = False  # reference and reward model live on the host and come to the GPU only to be asked
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(
             self,
             steps=(self.steps >= 1, "at least 1"),
+            reward_models=(not (self.reward_models and self.reward_model), "none beside a reward_model"),
+            ensemble=(
+                self.ensemble in ENSEMBLES and (bool(self.reward_models) or self.ensemble == "mean"),
+                f"one of {', '.join(ENSEMBLES)}, with reward_models",
+            ),
+            ensemble_coef=(
+                0 <= self.ensemble_coef < math.inf and (self.ensemble == "mean_std" or self.ensemble_coef == 1),
+                "at least 0, with ensemble=mean_std",
+            ),
             minibatches=(1 <= self.minibatches <= self.rollouts_per_step, "1 to rollouts_per_step"),
             epochs=(self.epochs >= 1, "at least 1"),
             temperature=(self.temperature > 0, "above 0 (a greedy policy explores nothing)"),
@@ -141,4 +229,103 @@ class PPO(RunConfig):
             lam=(0 <= self.lam <= 1, "0 to 1"),
             gamma=(0 <= self.gamma <= 1, "0 to 1"),
             ptx_batch_size=(self.ptx_batch_size >= 1, "at least 1"),
+            offload=(
+                not self.offload or self.device_type == "cuda",
+                "False on the device cpu, which is the host itself",
+            ),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPO(RunConfig):
+    """Group-relative policy optimisation on prompts: several answers to each, compared with each other; no critic."""
+
+    model: str
+    """Checkpoint folder of the policy to start from, and with beta the frozen reference."""
+    prompts: Source
+    """Rows with a prompt; other columns go to the reward functions."""
+    steps: int
+    """Iterations of generate, score, compare, examine, update."""
+    reward_model: str = ""
+    """Checkpoint folder of a reward model."""
+    reward_functions: tuple[str, ...] = ()
+    """file.py:function, each f(prompts, completions, **columns) -> list[float]."""
+    reward_weights: tuple[float, ...] = ()
+    """Of the reward model (if any) and then each function; empty: all 1."""
+    process_function: str = ""
+    """file.py:function beside them, which gives one list per completion: what the step that ends at each of its tokens
+    is worth, or None. Steps are compared as responses are; a token gets the sum of what ends at it or later."""
+    output_dir: str = "runs/grpo"
+    learning_rate: float = 1e-6
+    prompts_per_step: int = 32
+    group_size: int = 8
+    """Answers to each prompt."""
+    epochs: int = 1
+    """Passes over one step's answers."""
+    minibatches: int = 1
+    """Optimizer steps of one pass."""
+    max_prompt_tokens: int = 512
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    num_slots: int = 256
+    """Sequences that decode side by side."""
+    cache_bytes: int | None = None
+    """Of keys and values; rows that do not fit wait, or are read again (None: no limit)."""
+    cuda_graphs: bool = False
+    """On a GPU: record the decode step and replay it; graphs and cache stay between steps."""
+    old_logprobs: str = "rollout"
+    """rollout: as the sampler saw them; recompute: by one more forward of the trainer."""
+    importance_cap: float | None = None
+    """Truncates weights p_trainer / p_sampler of the advantages; needs recompute."""
+    mismatch_alarm: float = 0.02
+    """Nats per token between sampler and trainer, above which every step says so."""
+    loss: str = "grpo"
+    """grpo, dr_grpo, dapo, rloo or gspo: how scores become advantages, and what the loss is a mean over."""
+    clip_low: float | None = None
+    """None: the loss's own, 0.2, and 0.0003 for gspo, whose ratio is that of a whole answer."""
+    clip_high: float | None = None
+    """None: the loss's own, 0.2, 0.28 for dapo (clip-higher) and 0.0004 for gspo."""
+    beta: float = 0.0
+    """Of the KL divergence from the reference (k3) in the loss; 0: no reference is loaded."""
+    resample: int = 0
+    """How often groups whose answers are all worth the same are replaced by those of other prompts (DAPO's dynamic
+    sampling); above 0 those that are left in the end are dropped."""
+    missing_eos_penalty: float = 0.0
+    """Subtracted from the score of an answer that never stops."""
+    overlong_buffer: int = 0
+    """Tokens before max_new_tokens over which overlong_penalty sets in; 0: none (DAPO's soft over-long punishment)."""
+    overlong_penalty: float = 1.0
+    """Subtracted from the score of an answer of max_new_tokens."""
+    eval_every: int = 0
+    """Steps between calls of the evaluation function; 0: never."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self,
+            steps=(self.steps >= 1, "at least 1"),
+            prompts_per_step=(self.prompts_per_step >= 1, "at least 1"),
+            group_size=(self.group_size >= 2, "at least 2 (an answer is compared with the others)"),
+            minibatches=(1 <= self.minibatches <= self.prompts_per_step * self.group_size, "1 to the step's answers"),
+            epochs=(self.epochs >= 1, "at least 1"),
+            temperature=(self.temperature > 0, "above 0 (greedy answers are all the same)"),
+            old_logprobs=(self.old_logprobs in ("rollout", "recompute"), "rollout or recompute"),
+            importance_cap=(
+                self.importance_cap is None or (self.importance_cap > 0 and self.old_logprobs == "recompute"),
+                "above 0, with old_logprobs=recompute",
+            ),
+            mismatch_alarm=(self.mismatch_alarm > 0, "above 0"),
+            loss=(self.loss in CLIPS, f"one of {', '.join(CLIPS)}"),
+            clip_low=(self.clip_low is None or 0 <= self.clip_low <= 1, "0 to 1"),
+            clip_high=(self.clip_high is None or 0 <= self.clip_high < math.inf, "at least 0"),
+            beta=(0 <= self.beta < math.inf, "at least 0 (0: no reference)"),
+            resample=(self.resample >= 0, "at least 0 (0: groups stay as they are)"),
+            overlong_buffer=(0 <= self.overlong_buffer <= self.max_new_tokens, "0 to max_new_tokens"),
+            eval_every=(self.eval_every >= 0, "at least 0 (0: never)"),
+        )
+
+    @property
+    def clips(self) -> tuple[float, float]:
+        """How far the ratio may fall below 1, and rise above it."""
+        low, high = CLIPS[self.loss]
+        return (low if self.clip_low is None else self.clip_low), (high if self.clip_high is None else self.clip_high)

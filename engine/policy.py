@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from twinhead.engine import trunk, weights
-from twinhead.engine.batch import Packed
+from twinhead.engine.batch import Example, Packed, pack
 from twinhead.engine.cache import SlotCache
+from twinhead.engine.graphs import Workspace
 from twinhead.engine.options import CRITICS
 from twinhead.kernels import linear_logprob
+
+REWARD_SPREAD = "twinhead_reward_spread"  # a key of config.json, beside weights.REWARD_NORMALISATION
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ class Policy(nn.Module):
         self.model = model
         self.critic = critic
         self.logit_transform = trunk.LogitTransform.of(model)
+        self.kept: Workspace | None = None  # of generation, between two calls that asked for it
         self.value_head: nn.Linear | None = None
         if critic != "none":  # zero: the first values are 0 and the first policy step is not led by noise (spec 5.1)
             self.value_head = nn.Linear(self._head().weight.shape[1], 1, dtype=torch.float32, device=model.device)
@@ -99,26 +103,33 @@ class Policy(nn.Module):
     def forward(self, packed: Packed, *, temperature: float = 1.0, entropy: bool = True) -> Scored:
         """The one scoring path: log-probability, entropy and value at each of the R rows that predict a target."""
         rows = self.hidden(packed)[packed.rows]
-        head = self._head()
         scored: Any = linear_logprob(
-            rows,
-            head.weight,
-            packed.targets,
-            getattr(head, "bias", None),
-            temperature=temperature,
-            softcap=self.logit_transform.softcap,
-            logit_scale=self.logit_transform.scale,
-            return_entropy=entropy,
+            rows, targets=packed.targets, temperature=temperature, return_entropy=entropy, **self.vocabulary
         )
         logprobs, entropies = scored if entropy else (scored, None)
         return Scored(logprobs, entropies, self.values(rows))
+
+    @property
+    def vocabulary(self) -> dict[str, Any]:
+        """What the fused kernels must know of the language-model head, as keyword arguments."""
+        head, transform = self._head(), self.logit_transform
+        weight, bias = head.weight, getattr(head, "bias", None)
+        if getattr(self.model, trunk.MIXED, False):  # as the sampler sees them
+            weight, bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
+        return {
+            "weight": weight,
+            "bias": bias,
+            "softcap": transform.softcap,
+            "logit_scale": transform.scale,
+        }
 
     def values(self, rows: Tensor) -> Tensor | None:
         """(N, H) -> (N,) float32, or None without a critic."""
         if self.value_head is None:
             return None
         rows = rows.detach() if self.critic == "detached" else rows
-        return self.value_head(rows.float()).squeeze(-1)
+        with torch.autocast(rows.device.type, enabled=False):
+            return self.value_head(rows.float()).squeeze(-1)
 
     @torch.no_grad()
     def value_from(self, reward_model: RewardModel | None) -> None:
@@ -134,19 +145,38 @@ class Policy(nn.Module):
 
     def logits(self, rows: Tensor) -> Tensor:
         """(B, H) -> (B, V), for the sampler alone: training never builds them."""
-        head = self._head()
-        return self.logit_transform(F.linear(rows, head.weight, getattr(head, "bias", None)))
+        weight, bias = self._head().weight, getattr(self._head(), "bias", None)
+        if weight.is_cuda and weight.dtype == rows.dtype and weight.itemsize == 2:  # the trainer does not round either
+            logits = torch.mm(rows, weight.t(), out_dtype=torch.float32)
+            return self.logit_transform(logits if bias is None else logits + bias)
+        with trunk.precision(self.model):
+            return self.logit_transform(F.linear(rows, weight, bias))
 
     def prefill(self, packed: Packed, cache: SlotCache, slots: list[int]) -> Tensor:
         """(S, H): run prompts into cache slots; the hidden state of each one's last token."""
         return trunk.packed_pass(self.model, packed, cache, slots)[packed.last]
 
-    def decode(self, tokens: Tensor, positions: Tensor, span: int, cache: SlotCache) -> Tensor:
-        """(B, H): one new token in each running slot."""
-        return trunk.decode_pass(self.model, tokens, positions, span, cache)
+    def decode(self, tokens: Tensor, positions: Tensor, span: int, cache: SlotCache, even: bool = False) -> Tensor:
+        """(B, H): one new token in each running slot. `even`: all slots are as long as the longest, `span`."""
+        return trunk.decode_pass(self.model, tokens, positions, span, cache, even)
 
     def new_cache(self, num_slots: int, capacity: int) -> SlotCache:
         return SlotCache(trunk.num_layers(self.model), num_slots, capacity)
+
+    @torch.no_grad()
+    def bytes_per_token(self) -> int:
+        """Bytes that one token takes in the cache: measured, as every architecture has its own keys and values."""
+        cache = self.new_cache(num_slots=1, capacity=1)
+        self.prefill(pack([Example([0], [])], self.device), cache, [0])
+        return cache.nbytes
+
+    @property
+    def version(self) -> int:
+        """A number that grows whenever a weight is changed in place, as our optimizer does.
+
+        torch's fused optimizers keep it from autograd: beside one, call torch.autograd.graph.increment_version.
+        """
+        return sum(p._version for p in self.parameters())
 
     @contextmanager
     def generating(self) -> Iterator[None]:
@@ -155,7 +185,7 @@ class Policy(nn.Module):
         if any(modes):  # to change it takes a walk over all modules
             self.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), trunk.precision(self.model):
                 yield
         finally:
             if any(modes):
@@ -167,7 +197,7 @@ class Policy(nn.Module):
         reference = Policy.__new__(Policy)
         nn.Module.__init__(reference)
         reference.model = copy.deepcopy(self.model).requires_grad_(False).eval()
-        reference.critic, reference.value_head = "none", None
+        reference.critic, reference.value_head, reference.kept = "none", None, None
         reference.logit_transform = self.logit_transform
         return reference
 
@@ -181,7 +211,8 @@ class RewardModel(nn.Module):
     """The same kind of trunk under one scalar head, read at each sequence's last real token.
 
     Calling it gives normalised scores: raw score minus `mean`, the mean raw score of the demonstrations, so that
-    they average 0 (InstructGPT, section 3.5). `raw` is what AutoModelForSequenceClassification computes.
+    they average 0 (InstructGPT, section 3.5). `raw` is what AutoModelForSequenceClassification computes. `spread` is by
+    how much answers to one prompt differ: rankings fix no scale, so members of an ensemble are divided by theirs.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -189,6 +220,7 @@ class RewardModel(nn.Module):
         trunk.adopt(model)
         self.model = model
         self.mean = float(getattr(model.config, weights.REWARD_NORMALISATION, 0.0))
+        self.spread = float(getattr(model.config, REWARD_SPREAD, 1.0))
 
     @classmethod
     def from_pretrained(
@@ -210,8 +242,9 @@ class RewardModel(nn.Module):
         return reward if device is None else reward.to(device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write what AutoModelForSequenceClassification reads; the normalisation is a key of its config.json."""
+        """Write what AutoModelForSequenceClassification reads; the normalisation is two keys of its config.json."""
         setattr(self.model.config, weights.REWARD_NORMALISATION, self.mean)
+        setattr(self.model.config, REWARD_SPREAD, self.spread)
         self.model.save_pretrained(folder)
 
     @property

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
+import torch
+
 from twinhead.engine import data, losses, options
 from twinhead.engine.batch import Example, micro_batches
 from twinhead.engine.data import Comparison, Order
@@ -19,9 +21,11 @@ from twinhead.engine.policy import RewardModel
 from twinhead.engine.run import Run
 from twinhead.engine.scorers import model_scores
 from twinhead.engine.text import Text
-from twinhead.engine.trunk import check_fit, checkpoint_gradients
+from twinhead.engine.trunk import check_fit, checkpoint_gradients, set_precision
 
 Config = options.Reward
+REFERENCES = 512  # prompts of the training data whose answers tell the spread
+OBJECTIVES = {"pairwise": losses.kwise, "listwise": losses.plackett_luce}
 
 
 def train(config: Config) -> Run:
@@ -30,8 +34,9 @@ def train(config: Config) -> Run:
     if run.finished:
         return run
     text = Text.from_pretrained(config.model)
-    train_set = data.comparisons(config.data, text, config.max_length)
-    eval_set = data.comparisons(config.eval_data, text, config.max_length) if config.eval_data else None
+    ratio = config.min_score_ratio
+    train_set = data.comparisons(config.data, text, config.max_length, ratio)
+    eval_set = data.comparisons(config.eval_data, text, config.max_length, ratio) if config.eval_data else None
     demonstrations = (
         list(data.demonstrations(config.demonstrations, text, config.max_length))
         if config.demonstrations
@@ -39,6 +44,7 @@ def train(config: Config) -> Run:
     )
     run.say(train_set.summary())
     model = load(run, config)
+    set_precision(model.model, config.dtype)
     ranked = [example for comparison in [*train_set, *(eval_set or [])] for example in comparison.examples]
     check_fit(model.model, [*ranked, *demonstrations])
     if config.gradient_checkpointing:
@@ -53,10 +59,9 @@ def train(config: Config) -> Run:
             stats = update(model, optimizer, [train_set[i] for i in order.batch(step - 1)], config)
         if eval_set is not None and (step == total or order.epoch(step) > order.epoch(step - 1)):
             with run.timed("evaluate"):
-                held_out = reward_accuracy(model, eval_set, config.tokens_per_micro)
-            stats |= {f"eval/{name}": value for name, value in asdict(held_out).items()}
+                stats |= {f"eval/{name}": value for name, value in measure(model, eval_set, config).items()}
         if step == total:
-            stats["demonstration_mean"] = normalise(model, demonstrations, config)
+            stats |= normalise(model, demonstrations, train_set[:REFERENCES], config)
         run.log(step, stats, note=f"accuracy {stats['accuracy']:.2f}")
     return run.finish()
 
@@ -70,19 +75,38 @@ def load(run: Run, config: Config) -> RewardModel:
 
 
 def update(model: RewardModel, optimizer: Optimizer, batch: Sequence[Comparison], config: Config) -> dict[str, float]:
-    """One optimizer step on the mean over prompts of the mean over their pairs."""
+    """One optimizer step on the mean over prompts of their losses; `loss` is without the centring."""
     lengths = [sum(len(e.prompt) + len(e.response) for e in c.examples) for c in batch]
     sums = Sums()
     for micro in micro_batches(batch, lengths, config.tokens_per_micro):
         scores, ranks, cu_groups, margin = score_groups(model, micro)
-        loss = losses.kwise(scores, ranks, cu_groups, margin).sum() / len(batch)
-        loss.backward()
+        loss = OBJECTIVES[config.loss](scores, ranks, cu_groups, margin).sum() / len(batch)
+        centring = losses.centring(scores, ranks, cu_groups).sum() / len(batch)
+        (loss + config.centring_coef * centring).backward()
         correct, pairs = losses.pair_accuracy(scores.detach(), ranks, cu_groups)
-        sums.add({"loss": loss, "accuracy": (correct / pairs.clamp(min=1)).sum() / len(batch)})
+        accuracy = (correct / pairs.clamp(min=1)).sum() / len(batch)
+        sums.add({"loss": loss, "centring": centring, "accuracy": accuracy})
     return sums.take() | optimizer.step()
 
 
-def normalise(model: RewardModel, demonstrations: Sequence[Example], config: Config) -> float:
-    """Shift the scores so that demonstrations average 0; returns the raw mean that became 0."""
+def measure(model: RewardModel, comparisons: Sequence[Comparison], config: Config) -> dict[str, float]:
+    """Accuracy and pairwise loss on held-out comparisons, and `labeler/<id>`: micro accuracy on those of a labeler."""
+    found = asdict(reward_accuracy(model, comparisons, config.tokens_per_micro))
+    for name in sorted({c.labeler for c in comparisons} - {""}):
+        theirs = [c for c in comparisons if c.labeler == name]
+        found[f"labeler/{name}"] = reward_accuracy(model, theirs, config.tokens_per_micro).micro
+    return found
+
+
+def normalise(
+    model: RewardModel, demonstrations: Sequence[Example], ranked: Sequence[Comparison], config: Config
+) -> dict[str, float]:
+    """Shift the scores so that demonstrations average 0, and note how far answers to one prompt lie apart.
+
+    Returns the raw mean that became 0, and the spread: the root mean square of scores around their prompt's mean.
+    """
     model.mean += model_scores(model, demonstrations, config.tokens_per_micro).double().mean().item()
-    return model.mean
+    scores = model_scores(model, [e for c in ranked for e in c.examples], config.tokens_per_micro).double()
+    around = [group - group.mean() for group in scores.split([len(c.examples) for c in ranked])]
+    model.spread = torch.cat(around).square().mean().sqrt().item()
+    return {"demonstration_mean": model.mean, "spread": model.spread}

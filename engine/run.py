@@ -21,11 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from twinhead.engine import checkpoint
 from twinhead.engine.config import RunConfig
+from twinhead.engine.memory import Memory
 from twinhead.engine.metrics import JsonLines
 from twinhead.engine.optim import Optimizer
 
 # Options that change neither the weights nor the metrics: a run may be resumed under other values of them.
-FREE = ("save_every", "keep_checkpoints", "tensorboard", "output_dir")
+FREE = ("save_every", "keep_checkpoints", "tensorboard", "output_dir", "offload")
 
 
 class Savable(Protocol):
@@ -51,6 +52,10 @@ class Run:
         self.metrics = JsonLines(self.dir / "metrics.jsonl")
         self.timings = JsonLines(self.dir / "timings.jsonl")
         self._seconds: dict[str, float] = {}
+        self._memory = Memory(config.device_type)
+        self._peaks: dict[str, int] = {}  # bytes of every phase, in this step and
+        self._highest: dict[str, int] = {}  # in any
+        self._planned: Mapping[str, int] = {}
         self._models: tuple[Savable, ...] = ()
         self._optimizer: Optimizer | None = None
         self._state: Mapping[str, Any] = {}
@@ -132,22 +137,34 @@ class Run:
         """An independent seed for every purpose and step: nothing of a random state has to be saved."""
         return zlib.crc32(f"{self.config.seed}/{purpose}/{step}".encode())
 
+    def expect(self, peaks: Mapping[str, int]) -> None:
+        """Planned bytes of every phase, to stand beside the measured ones; what is held by now belongs to libraries."""
+        self._planned, self._memory = peaks, Memory(self.config.device_type)
+
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Add the seconds of this block to the step's timings."""
+        """Add the seconds of this block, and the most memory that it held, to the step's timings."""
         began = time.perf_counter()
+        self._memory.restart()
         try:
             yield
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - began
+            peak = self._memory.peak
+            for peaks in (self._peaks, self._highest):
+                peaks[phase] = max(peaks.get(phase, 0), peak)
 
     def log(self, step: int, values: Mapping[str, float], note: str = "") -> None:
         """Write one line of metrics and one of timings; `note` stands beside the progress bar."""
         self.metrics.write({"step": step, **values})
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         seconds = {f"seconds/{phase}": round(value, 4) for phase, value in self._seconds.items()}
-        self.timings.write({"step": step, **seconds, "peak_rss_mb": peak})
-        self._seconds = {}
+        memory = {f"peak_mb/{phase}": size / 1e6 for phase, size in self._peaks.items()}
+        memory |= {f"planned_mb/{phase}": self._planned[phase] / 1e6 for phase in self._peaks if phase in self._planned}
+        self.timings.write(
+            {"step": step, **seconds, **{name: round(mb, 1) for name, mb in memory.items()}, "peak_rss_mb": peak}
+        )
+        self._seconds, self._peaks = {}, {}
         if self._events is not None:
             for name, value in values.items():
                 if value is not None:
@@ -176,6 +193,14 @@ class Run:
     def finish(self) -> Run:
         """Write the final models into the run's folder itself, where from_pretrained finds them."""
         checkpoint.merge_folder(self.dir, self._write_models)
+        if self._planned:
+            seen = [
+                (phase, size / 1e6, self._planned[phase] / 1e6)
+                for phase, size in self._highest.items()
+                if phase in self._planned
+            ]
+            both = ", ".join(f"{phase} {took:.0f} ({planned:.0f})" for phase, took, planned in seen)
+            self.say(f"peak memory in MB, measured (planned): {both}")
         if self._events is not None:
             self._events.close()
         return self

@@ -18,7 +18,7 @@ from twinhead.engine.optim import Optimizer
 from twinhead.engine.policy import Policy
 from twinhead.engine.run import Run
 from twinhead.engine.text import Text
-from twinhead.engine.trunk import check_fit, checkpoint_gradients
+from twinhead.engine.trunk import check_fit, checkpoint_gradients, set_precision
 
 Config = options.SFT
 PretrainConfig = options.Pretrain
@@ -43,12 +43,13 @@ def _fit(
     run = Run(config, stage)
     if run.finished:
         return run
-    text = Text.from_pretrained(config.model)
+    text = Text.from_pretrained(config.model, config.template)
     train_set = read(config.data, text, config.max_length)
     eval_set = read(config.eval_data, text, config.max_length) if config.eval_data else None
     start = run.resume_from or (weights.initialise(config.model, config.seed) if scratch else config.model)
     run.say(train_set.summary())
     policy = Policy.from_pretrained(start, "none", config.torch_dtype, config.torch_device)
+    set_precision(policy.model, config.dtype)
     check_fit(policy.model, [*train_set, *(eval_set or [])])
     if config.gradient_checkpointing:
         checkpoint_gradients(policy.model)

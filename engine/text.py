@@ -6,28 +6,19 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from twinhead.engine.batch import Example
 from twinhead.engine.rows import kind
+from twinhead.engine.templates import PLAIN_TEMPLATE, named
 
 Message = Mapping[str, Any]
+Words: TypeAlias = str | Sequence[Message]  # plain text, or a conversation
 
 log = logging.getLogger(__name__)
-
-# What a model without a chat template of its own gets. A reply starts on its own line, so no merge crosses its border.
-PLAIN_TEMPLATE = (
-    "{{ bos_token or '' }}"
-    "{% for message in messages %}"
-    "{{ message['role'] | capitalize }}:{{ '\\n' }}{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{{ '\\n\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
-)
 
 
 class Text:
@@ -39,12 +30,13 @@ class Text:
     Plain text starts with BOS once if the tokenizer has a BOS token, and a completion ends in EOS once. A conversation
     is what the tokenizer's chat template writes, no more and no less. Three things a tokenizer may lack are recorded
     in it, so that whoever loads the saved tokenizer gets the ids the model was trained on: a pad token (EOS; no mask
-    here ever derives from ids), the automatic BOS, and, once a conversation is seen, PLAIN_TEMPLATE.
+    here ever derives from ids), the automatic BOS, and, once a conversation is seen, PLAIN_TEMPLATE. A `template`
+    (see templates.named) replaces the one it has, and is recorded in the same way.
 
     Raises ValueError for a tokenizer without an EOS token: nothing could teach its model to stop.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = "") -> None:
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 "expected a tokenizer with an end-of-sequence token, got none: "
@@ -59,13 +51,18 @@ class Text:
         if self.bos_id is not None and tokenizer("")["input_ids"][:1] != [self.bos_id]:
             tokenizer.add_bos_token = True
             log.info("the tokenizer does not add its %s by itself: saved copies do", tokenizer.bos_token)
+        if template:
+            tokenizer.chat_template = named(template)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> Text:
+    def from_pretrained(cls, path: str | os.PathLike[str], template: str = "") -> Text:
         """Load the tokenizer of a checkpoint: a local folder or a Hugging Face model name.
 
-        Raises ValueError when there is no tokenizer, or when it has no EOS token.
+        template: writes conversations instead of the tokenizer's own (see templates.named); empty: as it is.
+        Raises ValueError when there is no tokenizer, when it has no EOS token, or when there is no such template.
         """
+        if template:
+            named(template)  # refused before anything is loaded
         if str(path).startswith((".", "/")) and not os.path.isdir(path):
             raise ValueError(f"expected a checkpoint folder, got {str(path)!r}, which does not exist")
         try:
@@ -77,7 +74,7 @@ class Text:
         if len(tokenizer) <= len(tokenizer.all_special_ids):
             raise ValueError(f"expected a tokenizer in {str(path)!r}, found no vocabulary there")
         try:
-            return cls(tokenizer)
+            return cls(tokenizer, template)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -95,7 +92,7 @@ class Text:
             return [self.eos_id]
         return [self.eos_id, self.tokenizer.convert_tokens_to_ids(self._end_of_turn)]
 
-    def prompt(self, prompt: str | Sequence[Message]) -> list[int]:
+    def prompt(self, prompt: Words) -> list[int]:
         """Ids that generation starts from: BOS + text, or a conversation up to where the assistant speaks next.
 
         A conversation gives the ids of `tokenizer.apply_chat_template(messages, add_generation_prompt=True)`.
@@ -216,3 +213,15 @@ def check_messages(messages: Sequence[Message]) -> None:
                 raise ValueError(f"message {number}: expected the keys role and content, got {found}")
             if not isinstance(message[key], str):
                 raise ValueError(f"message {number}: expected {key} to be text, got {kind(message[key])}")
+
+
+def words(value: Any, column: str) -> Words:
+    """A column's text as it is, or its list of messages, checked. Raises ValueError naming the column."""
+    if isinstance(value, list):
+        try:
+            check_messages(value)
+        except ValueError as error:
+            raise ValueError(f"{column}: {error}") from error
+    elif not isinstance(value, str):
+        raise ValueError(f"expected {column} to be text or a list of messages, got {kind(value)}")
+    return value

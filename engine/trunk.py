@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from twinhead.engine import attention
 from twinhead.engine.attention import Ragged
 from twinhead.engine.batch import Example, Packed, TokenSequence, pack
 from twinhead.engine.cache import SlotCache
+
+MIXED = "twinhead_mixed"  # an attribute of models whose products are taken in bfloat16
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,31 +65,51 @@ def checkpoint_gradients(model: PreTrainedModel) -> None:
     model.train()  # transformers checkpoints in training mode alone; nothing else depends on it, see adopt
 
 
+def set_precision(model: PreTrainedModel, dtype: str) -> None:
+    """For dtype "mixed": from here on passes take their products in bfloat16, of weights that stay in float32.
+
+    Where the weight itself is bfloat16, updates below a 256th of it are lost (Micikevicius et al. 2018, section 3).
+    """
+    setattr(model, MIXED, dtype == "mixed")
+
+
+def precision(model: PreTrainedModel) -> torch.autocast:
+    """The context of a pass. Around several, it casts each weight once."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=getattr(model, MIXED, False))
+
+
 def packed_pass(
     model: PreTrainedModel, packed: Packed, cache: SlotCache | None = None, slots: list[int] | None = None
 ) -> Tensor:
     """(T, H) last hidden states of packed sequences; with a cache, their keys and values also go into `slots`."""
     if cache is None:
-        layout = Ragged(packed.lengths)
+        layout = Ragged(packed.lengths, packed.cu_seqlens)
     else:
         assert slots is not None, "a prefill needs the slots that its sequences go into"
-        layout = cache.prefill(slots, packed.lengths, packed.tokens.device)
+        layout = cache.prefill(slots, Ragged(packed.lengths, packed.cu_seqlens))
     return _forward(model, packed.tokens[None], packed.positions[None], cache, layout)[0]
 
 
-def decode_pass(model: PreTrainedModel, tokens: Tensor, positions: Tensor, span: int, cache: SlotCache) -> Tensor:
-    """(B, H) last hidden states of one new token (B,) in each of the slots 0..B-1, at `positions` (B,)."""
-    layout = cache.decode(positions, span)
+def decode_pass(
+    model: PreTrainedModel, tokens: Tensor, positions: Tensor, span: int, cache: SlotCache, even: bool = False
+) -> Tensor:
+    """(B, H) last hidden states of one new token (B,) in each of the slots 0..B-1, at `positions` (B,) below `span`.
+
+    `even`: every position is span - 1, so that no key has to be masked.
+    """
+    layout = cache.decode(positions, span, even)
     return _forward(model, tokens[:, None], positions[:, None], cache, layout)[:, 0]
 
 
 def _forward(
     model: PreTrainedModel, tokens: Tensor, positions: Tensor, cache: SlotCache | None, layout: object
 ) -> Tensor:
-    output = model.base_model(
-        input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=cache is not None, layout=layout
-    )
-    return output.last_hidden_state
+    with precision(model):
+        output = model.base_model(
+            input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=cache is not None, layout=layout
+        )
+    states: Tensor = output.last_hidden_state
+    return states.bfloat16() if getattr(model, MIXED, False) else states
 
 
 def num_layers(model: PreTrainedModel) -> int:
@@ -95,14 +117,14 @@ def num_layers(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().num_hidden_layers)
 
 
-def check_fit(model: PreTrainedModel, sequences: Iterable[TokenSequence], new_tokens: int = 0) -> None:
+def check_fit(model: PreTrainedModel, sequences: Iterable[TokenSequence], new_tokens: int | Sequence[int] = 0) -> None:
     """Raise ValueError, before any work, for a sequence (and `new_tokens` after it) that `model` cannot read."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for i, sequence in enumerate(sequences):
-        ids = [*sequence.prompt, *sequence.response]
-        if limit is not None and len(ids) + new_tokens > limit:
-            after = f" and {new_tokens} new ones" if new_tokens else ""
+        ids, new = [*sequence.prompt, *sequence.response], new_tokens if isinstance(new_tokens, int) else new_tokens[i]
+        if limit is not None and len(ids) + new > limit:
+            after = f" and {new} new ones" if new else ""
             raise ValueError(f"sequence {i}: expected at most the model's {limit} tokens, got {len(ids)}{after}")
         if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
             raise ValueError(

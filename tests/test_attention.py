@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from twinhead.engine.attention import Ragged, Slots, attend
+from twinhead.engine.batch import cumulative
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
 SHORT_SEQUENCES = (3, 1, 9, 6)
@@ -52,6 +53,10 @@ def tensors(*shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:
     return [torch.randn(shape, generator=noise) for shape in shapes]
 
 
+def laid(lengths: tuple[int, ...]) -> Ragged:
+    return Ragged(lengths, cumulative(lengths))
+
+
 def ragged(num_tokens: int) -> list[Tensor]:
     return tensors((1, HEADS, num_tokens, WIDTH), (1, GROUPS, num_tokens, WIDTH), (1, GROUPS, num_tokens, WIDTH))
 
@@ -64,7 +69,7 @@ def test_ragged_sequences_read_their_own_past(
 ) -> None:
     query, key, value = ragged(sum(lengths))
     options = {"scaling": 0.4, "sliding_window": window, "softcap": softcap}
-    out, _ = attend(nn.Module(), query, key, value, None, layout=Ragged(lengths), **options)
+    out, _ = attend(nn.Module(), query, key, value, None, layout=laid(lengths), **options)
     expected = ragged_by_definition(query, key, value, lengths, 0.4, window or 10**6, softcap)
     torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
 
@@ -74,12 +79,12 @@ def test_ragged_sequences_read_their_own_past(
 def test_a_long_sequence_is_attended_to_on_its_own(window: int | None, softcap: float | None) -> None:
     query, key, value = ragged(sum(LONG_SEQUENCES))
     options = {"sliding_window": window, "softcap": softcap}
-    together, _ = attend(nn.Module(), query, key, value, None, layout=Ragged(LONG_SEQUENCES), **options)
+    together, _ = attend(nn.Module(), query, key, value, None, layout=laid(LONG_SEQUENCES), **options)
     start = 0
     for length in LONG_SEQUENCES:
         part = slice(start, start + length)
         q, k, v = query[:, :, part], key[:, :, part], value[:, :, part]
-        alone, _ = attend(nn.Module(), q, k, v, None, layout=Ragged((length,)), **options)
+        alone, _ = attend(nn.Module(), q, k, v, None, layout=laid((length,)), **options)
         torch.testing.assert_close(together[:, part], alone)
         start += length
     last = slice(max(0, LONG_SEQUENCES[0] - (window or 10**6)), LONG_SEQUENCES[0])
@@ -119,4 +124,4 @@ def test_what_cannot_be_attended_to_is_refused() -> None:
     with pytest.raises(ValueError, match="does not hand keyword arguments"):
         attend(nn.Module(), query, key, value, None)
     with pytest.raises(ValueError, match=r"attention sinks \(s_aux\) are not supported"):
-        attend(nn.Module(), query, key, value, None, layout=Ragged((4,)), s_aux=torch.zeros(HEADS))
+        attend(nn.Module(), query, key, value, None, layout=laid((4,)), s_aux=torch.zeros(HEADS))

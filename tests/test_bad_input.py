@@ -24,6 +24,7 @@ from transformers import BertConfig, GPT2Config, LlamaForCausalLM, MambaConfig, 
 from tests import toys
 from twinhead.engine import checkpoint, cli
 from twinhead.engine.metrics import JsonLines
+from twinhead.engine.policy import RewardModel
 from twinhead.engine.run import Run
 from twinhead.engine.text import Text
 
@@ -50,7 +51,14 @@ FILES: dict[str, str | bytes] = {
     "empty.jsonl": "",
     "table.csv": "prompt,completion\n",
     "tied.jsonl": '{"prompt": "one", "completions": ["two", "three"], "ranks": [1, 1]}\n',
+    "labeler.jsonl": '{"prompt": "one", "chosen": "two", "rejected": "three", "labeler_id": ["ann"]}\n',
     "ranks.jsonl": '{"prompt": "one", "completions": ["two", "three"], "ranks": [1]}\n',
+    "asked.jsonl": '{"prompt": "one", "completion": "two", "lable": true}\n',
+    "labels.jsonl": '{"prompt": "one", "completion": "two", "label": 1}\n',
+    "long_pair.jsonl": json.dumps({"prompt": LONG, "chosen": "two", "rejected": "three"}) + "\n",
+    "praise.jsonl": '{"prompt": "one", "completion": "two", "label": true}\n' * 2,
+    "blame.jsonl": '{"prompt": "one", "completion": "two", "label": false}\n',
+    "one_prompt.jsonl": '{"prompt": "one", "chosen": "two", "rejected": "three"}\n' * 2,
     "column.jsonl": '{"prompt": "one", "finished": 1}\n',
     "huge.jsonl": '{"prompt": "huge", "completion": "one"}\n',
     "unknown.yaml": "steps: 3\nlearnin_rate: 0.1\n",
@@ -105,6 +113,9 @@ def models(folder: Path, paths: Box) -> None:
     save(folder / "without_eos", llama, toys.tokenizer(eos_token=""))
     save(folder / "without_pad", llama, toys.tokenizer(pad_token=""))
     save(folder / "other_words", llama, toys.tokenizer([*toys.WORDS, "huge"]))
+    flat = RewardModel.from_pretrained(paths["reward_model"])
+    flat.spread = 0.0
+    save(folder / "flat", flat)
     toys.reward_model(folder / "other_order", paths["model"])
     toys.tokenizer(toys.WORDS[::-1]).save_pretrained(folder / "other_order")
     for name, spoil in {
@@ -136,6 +147,8 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Box:
 
 
 def command(stage: str, box: Box, output_dir: Path | str, **changes: Any) -> list[str]:
+    if stage == "kto":
+        stage, changes = "dpo", {"loss": "kto", "data": box["unpaired"], "eval_data": box["labelled"]} | changes
     chosen = toys.options(stage, box) | {"output_dir": str(output_dir)} | changes
     return toys.command(stage, {name: toys.filled(value, box) for name, value in chosen.items() if value != ()})
 
@@ -179,7 +192,23 @@ ROWS = [
     ("ppo", "prompts", "too_long_jsonl", ": no row is left: 1 row, 1 dropped (prompt longer than 8 tokens: row 1)"),
     ("reward", "data", "tied_jsonl", ": no row is left: 1 row, 1 dropped (all answers tied: row 1)"),
     ("reward", "data", "ranks_jsonl", " row 1: expected one rank per completion (2), got 1"),
+    ("reward", "eval_data", "labeler_jsonl", " row 1: expected labeler_id to be text or an integer, got list"),
     ("sft", "data", "wrong/nowhere.jsonl", ": no such file or folder"),
+    ("grpo", "prompts", "no_prompt_jsonl", " row 1: expected the column prompt, got the columns question"),
+    ("grpo", "prompts", "too_long_jsonl", ": no row is left: 1 row, 1 dropped (prompt longer than 8 tokens: row 1)"),
+    ("dpo", "data", "no_answers_jsonl", " row 1: expected the columns chosen and rejected (with or without prompt), "
+     "or prompt, completions and ranks, got the columns prompt"),
+    ("dpo", "data", "praise_jsonl", " row 1: expected the columns chosen and rejected (with or without prompt), "
+     "or prompt, completions and ranks, got the columns prompt, completion, label"),
+    ("dpo", "eval_data", "no_answers_jsonl", " row 1: expected the columns"),
+    ("dpo", "data", "tied_jsonl", ": no row is left: 1 row, 1 dropped (all answers tied: row 1)"),
+    ("kto", "data", "asked_jsonl", " row 1: expected the columns prompt, completion and label, or chosen and rejected, "
+     "got the columns prompt, completion, lable"),
+    ("kto", "data", "labels_jsonl", " row 1: expected label to be true or false, got 1"),
+    ("kto", "data", "praise_jsonl", ": expected good and bad answers, got only good ones (label true)"),
+    ("kto", "data", "blame_jsonl", ": expected good and bad answers, got only bad ones (label false)"),
+    ("kto", "eval_data", "praise_jsonl", ": expected good and bad answers, got only good ones (label true)"),
+    ("kto", "data", "one_prompt_jsonl", ": expected answers to at least two prompts, got one prompt"),
 ]  # fmt: skip
 
 
@@ -238,6 +267,13 @@ MODELS = [
      "expected a checkpoint folder, got '{wrong}/nowhere', which does not exist"),
     ("ppo", {"reward_model": "{other_order}"}, "reward_model: expected the policy's tokenizer (16 tokens), got "
      "another one (16 tokens) in '{other_order}'"),
+    ("ppo", {"reward_models": ("{reward_model}", "{flat}")}, "reward_models: expected a spread above 0, got 0.0 of "
+     "member 2"),
+    ("ppo", {"reward_models": ("{reward_model}", "{other_order}")}, "reward_model: expected the policy's tokenizer"),
+    ("ppo", {"reward_models": ("{reward_model}",), "value_init": "reward_model"}, "value_init: expected a reward_model "
+     "to take the value head from"),
+    ("ppo", {"reference": "{other_order}"}, "reference: expected the policy's tokenizer (16 tokens), got another one"),
+    ("ppo", {"reference": "{reward_model}"}, "'{reward_model}': expected the weights of a causal language model, but"),
     ("ppo", {"value_init": "reward_model"}, "value_init: expected a reward_model to take the value head from"),
     ("ppo", {"value_init": "reward_model", "reward_model": "{wide}"}, "value_init: expected a reward model of "
      "the policy's width 32, got 64"),
@@ -250,6 +286,20 @@ MODELS = [
     ("pretrain", {"model": "{gpt2}", "data": "{long_text_jsonl}", "max_length": 64}, "sequence 0: expected at most"),
     ("ppo", {"model": "{gpt2}", "max_new_tokens": 14}, "sequence 0: expected at most the model's 16 tokens, got 3 and"),
     ("ppo", {"model": "{gpt2}", "ptx_data": "{long_text_jsonl}"}, "sequence 0: expected at most the model's 16"),
+    ("grpo", {"model": "{t5}"}, "'{t5}' cannot be loaded as AutoModelForCausalLM: Unrecognized configuration class"),
+    ("grpo", {"reward_model": "{other_order}"}, "reward_model: expected the policy's tokenizer (16 tokens), got "),
+    ("grpo", {"model": "{gpt2}", "max_new_tokens": 14}, "sequence 0: expected at most the model's 16 tokens, got 3"),
+    ("dpo", {"reference": "{other_order}"}, "reference: expected the policy's tokenizer (16 tokens), got another one "
+     "(16 tokens) in '{other_order}'"),
+    ("dpo", {"reference": "{other_words}"}, "reference: expected the policy's tokenizer (16 tokens), got another one "
+     "(17 tokens) in '{other_words}'"),
+    ("dpo", {"reference": "{wrong}/nowhere"}, "expected a checkpoint folder, got '{wrong}/nowhere', which does not"),
+    ("dpo", {"reference": "{reward_model}"}, "'{reward_model}': expected the weights of a causal language model, but"),
+    ("dpo", {"reference": "{cut_weights}"}, "'{cut_weights}' cannot be loaded as AutoModelForCausalLM: Error while"),
+    ("dpo", {"reference": "{gpt2}", "data": "{long_pair_jsonl}", "max_length": 64}, "sequence 0: expected at most the "
+     "model's 16 tokens, got 23"),
+    ("dpo", {"model": "{gpt2}", "data": "{long_pair_jsonl}", "max_length": 64, "precompute_reference": True},
+     "sequence 0: expected at most the model's 16 tokens, got 23"),
 ]  # fmt: skip
 
 
@@ -288,6 +338,31 @@ def test_a_wrong_reward_is_named(
     functions = (box["functions_py"] + ":" + name,)
     found = refused(command("ppo", box, tmp_path / "run", reward_functions=functions, steps=20), capsys)
     assert found == sentence.format(**box)
+
+
+STEPS = [
+    ("none", "reward function <lambda>: expected 12 scores, got NoneType"),
+    ("nan", "reward function <lambda>: expected a list of 5 step rewards for row 0, one per token, got float"),
+    ("rows", "reward function <lambda>: expected a list of 5 step rewards for row 0, one per token, got 2"),
+    ("number", "process_function: expected a function 'number' in {functions_py}, found none"),
+]
+
+
+@pytest.mark.parametrize(("name", "sentence"), STEPS)
+def test_a_wrong_process_reward_is_named(
+    name: str, sentence: str, box: Box, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = box["functions_py"] + ":" + name
+    found = refused(command("grpo", box, tmp_path / "run", process_function=process), capsys)
+    assert found == sentence.format(**box)
+
+
+def test_grpo_gives_up_on_scores_that_are_no_numbers(
+    box: Box, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    functions = (box["functions_py"] + ":nan",)
+    found = refused(command("grpo", box, tmp_path / "run", reward_functions=functions, steps=20), capsys)
+    assert found.startswith("step 10: 10 batches in a row were skipped, the last one for non-finite scores in rows [0,")
 
 
 @pytest.mark.parametrize(
@@ -343,7 +418,7 @@ def test_a_wrong_option_is_named(
 VALUES = [
     ("sft", {"learning_rate": -1}, "learning_rate: expected at least 0, got -1.0"),
     ("sft", {"schedule": "square"}, "schedule: expected one of constant, linear, cosine, got 'square'"),
-    ("sft", {"dtype": "float8"}, "dtype: expected one of float32, bfloat16, got 'float8'"),
+    ("sft", {"dtype": "float8"}, "dtype: expected one of float32, bfloat16, mixed, got 'float8'"),
     ("sft", {"device": "tpu"}, "device: expected auto, cpu or cuda, got 'tpu'"),
     ("sft", {"warmup_ratio": 2}, "warmup_ratio: expected a share between 0 and 1, got 2.0"),
     ("sft", {"tokens_per_micro": 0}, "tokens_per_micro: expected at least 1, got 0"),
@@ -351,15 +426,53 @@ VALUES = [
     ("sft", {"batch_size": 0}, "batch_size: expected at least 1, got 0"),
     ("sft", {"keep_checkpoints": 0}, "keep_checkpoints: expected at least 1, got 0"),
     ("reward", {"epochs": 0}, "epochs: expected at least 1, got 0"),
+    ("reward", {"loss": "softmax"}, "loss: expected one of pairwise, listwise, got 'softmax'"),
+    ("reward", {"centring_coef": -0.1}, "centring_coef: expected at least 0, got -0.1"),
+    ("reward", {"centring_coef": "nan"}, "centring_coef: expected at least 0, got nan"),
     ("ppo", {"minibatches": 9}, "minibatches: expected 1 to rollouts_per_step, got 9"),
     ("ppo", {"temperature": 0}, "temperature: expected above 0 (a greedy policy explores nothing), got 0.0"),
     ("ppo", {"old_logprobs": "none"}, "old_logprobs: expected rollout or recompute, got 'none'"),
     ("ppo", {"critic": "none"}, "critic: expected shared or detached, got 'none'"),
+    ("ppo", {"reward_model": "a", "reward_models": ("b",)}, "reward_models: expected none beside a reward_model, got"),
+    ("ppo", {"ensemble": "min"}, "ensemble: expected one of mean, min, mean_std, with reward_models, got 'min'"),
+    ("ppo", {"ensemble": "max", "reward_models": ("a",)}, "ensemble: expected one of mean, min, mean_std, with"),
+    ("ppo", {"ensemble_coef": 2}, "ensemble_coef: expected at least 0, with ensemble=mean_std, got 2.0"),
+    ("ppo", {"ensemble_coef": -1, "ensemble": "mean_std", "reward_models": ("a",)}, "ensemble_coef: expected at least"),
     ("ppo", {"value_init": "one"}, "value_init: expected zero or reward_model, got 'one'"),
     ("ppo", {"kl_coef": 0, "kl_target_nats": 1}, "kl_target_nats: expected none with a kl_coef of 0"),
     ("ppo", {"score_clip": 0}, "score_clip: expected above 0, got 0.0"),
     ("ppo", {"lam": 1.5}, "lam: expected 0 to 1, got 1.5"),
     ("ppo", {"ptx_batch_size": 0}, "ptx_batch_size: expected at least 1, got 0"),
+    ("grpo", {"steps": 0}, "steps: expected at least 1, got 0"),
+    ("grpo", {"prompts_per_step": 0}, "prompts_per_step: expected at least 1, got 0"),
+    ("grpo", {"group_size": 1}, "group_size: expected at least 2 (an answer is compared with the others), got 1"),
+    ("grpo", {"minibatches": 13}, "minibatches: expected 1 to the step's answers, got 13"),
+    ("grpo", {"epochs": 0}, "epochs: expected at least 1, got 0"),
+    ("grpo", {"temperature": 0}, "temperature: expected above 0 (greedy answers are all the same), got 0.0"),
+    ("grpo", {"old_logprobs": "none"}, "old_logprobs: expected rollout or recompute, got 'none'"),
+    ("grpo", {"importance_cap": 2}, "importance_cap: expected above 0, with old_logprobs=recompute, got 2.0"),
+    ("grpo", {"mismatch_alarm": 0}, "mismatch_alarm: expected above 0, got 0.0"),
+    ("grpo", {"loss": "ppo"}, "loss: expected one of grpo, dr_grpo, dapo, rloo, gspo, got 'ppo'"),
+    ("grpo", {"clip_low": 1.5}, "clip_low: expected 0 to 1, got 1.5"),
+    ("grpo", {"clip_high": -0.1}, "clip_high: expected at least 0, got -0.1"),
+    ("grpo", {"beta": -1}, "beta: expected at least 0 (0: no reference), got -1.0"),
+    ("grpo", {"resample": -1}, "resample: expected at least 0 (0: groups stay as they are), got -1"),
+    ("grpo", {"overlong_buffer": 6}, "overlong_buffer: expected 0 to max_new_tokens, got 6"),
+    ("grpo", {"eval_every": -1}, "eval_every: expected at least 0 (0: never), got -1"),
+    ("dpo", {"loss": "simpo"}, "loss: expected one of sigmoid, robust, hinge, ipo, ipo_mean, kto, got 'simpo'"),
+    ("dpo", {"beta": 0}, "beta: expected above 0, got 0.0"),
+    ("dpo", {"beta": -0.1}, "beta: expected above 0, got -0.1"),
+    ("dpo", {"beta": "nan"}, "beta: expected above 0, got nan"),
+    ("dpo", {"label_smoothing": 0.5}, "label_smoothing: expected at least 0 and below 0.5, got 0.5"),
+    ("dpo", {"label_smoothing": 0.1, "loss": "ipo"}, "label_smoothing: expected 0 with loss=ipo, which has none, got"),
+    ("kto", {"label_smoothing": 0.1}, "label_smoothing: expected 0 with loss=kto, which has none, got 0.1"),
+    ("dpo", {"desirable_weight": 2.0}, "desirable_weight: expected 1 with loss=sigmoid, which has none, got 2.0"),
+    ("dpo", {"undesirable_weight": 0.5, "loss": "robust"}, "undesirable_weight: expected 1 with loss=robust, which"),
+    ("kto", {"desirable_weight": -1.0}, "desirable_weight: expected at least 0, got -1.0"),
+    ("kto", {"undesirable_weight": "inf"}, "undesirable_weight: expected at least 0, got inf"),
+    ("dpo", {"epochs": 0}, "epochs: expected at least 1, got 0"),
+    ("dpo", {"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+    ("dpo", {"max_length": 1}, "max_length: expected at least 2, got 1"),
 ]  # fmt: skip
 
 

@@ -215,10 +215,13 @@ def test_freed_memory_is_kept(keep: bool) -> None:
 import resource, torch
 from benchmarks.timing import keep_freed_memory
 if {keep}: keep_freed_memory()
-for _ in range(9): torch.ones(1 << 25).sum()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(1 << 25).sum()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def one():
+    before = faults()
+    torch.ones(1 << 25).sum()
+    return faults() - before
+for _ in range(9): one()
+print(min(one() for _ in range(5)))
 """
     faults = int(subprocess.check_output([sys.executable, "-c", script], text=True, cwd=gpu.ROOT))
     assert (faults < 100) == keep
@@ -364,27 +367,34 @@ def test_the_gpu_command_runs_everything_and_says_how_it_ended(
         gpu.Step("bad", [sys.executable, "-c", "raise SystemExit(3)"], 60),
         gpu.Step("slow", [sys.executable, "-c", child], 1.5),
         gpu.Step("timed", [sys.executable, "-c", "print({minutes})"], 60),
+        gpu.Step("shared", [sys.executable, "-c", "print({minutes})"], 60, share=0.25),
     ]
     monkeypatch.setattr(gpu, "steps", lambda device, output: written)
     with pytest.raises(SystemExit):
         gpu.main("cpu", tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     ends = {name: step["end"] for name, step in summary.items()}
-    assert ends == {"good": "done", "bad": "exit 3", "slow": "out of time", "timed": "done"}
+    assert ends == {"good": "done", "bad": "exit 3", "slow": "out of time", "timed": "done", "shared": "done"}
     assert str(ROOT / "tests" / "typing") in (tmp_path / "good.log").read_text()
     assert 5 < float((tmp_path / "timed.log").read_text()) < 8
+    assert 1 < float((tmp_path / "shared.log").read_text()) < 2
     assert "out of time" in capsys.readouterr().out
     assert not alive("# orphan"), "what a step started ends with it"
 
 
 def test_the_gpu_command_tests_before_it_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
-    found = {step.name: list(step.command) for step in gpu.steps("cuda", tmp_path)}
-    assert list(found) == ["build", "tests", "sanitizer", "kernels"]
+    steps = gpu.steps("cuda", tmp_path)
+    found = {step.name: list(step.command) for step in steps}
+    assert list(found) == ["build", "tests", "sanitizer", "kernels", "generate", "train", "ppo"]
     assert found["build"][1:] == ["setup.py", "build_ext", "--inplace"]
-    assert found["tests"][-2:] == ["tests/kernels/test_cuda.py", "tests/kernels"]
-    assert "cuda" in found["kernels"] and "--quick" not in found["kernels"]
-    assert "--quick" in list(gpu.steps("cpu", tmp_path)[-1].command)
+    assert found["tests"][-3:] == ["tests/kernels/test_cuda.py", "tests/test_cuda_engine.py", "tests/kernels"]
+    assert [step.share for step in steps[-4:]] == [1 / 4, 1 / 3, 1 / 2, 1], (
+        "equal parts of what is left after the tests"
+    )
+    for name in ("kernels", "generate", "train", "ppo"):
+        assert found[name][3:] == [name, *"--device cuda --minutes {minutes} --results".split(), str(tmp_path)]
+    assert all(step.command[-1] == "--quick" for step in gpu.steps("cpu", tmp_path)[-4:])
 
 
 def test_a_checkout_can_be_imported_without_installing_it() -> None:

@@ -14,6 +14,7 @@ import yaml
 
 from tests import toys
 from twinhead.engine import cli, data
+from twinhead.engine.config import hidden
 from twinhead.engine.evaluate import perplexity, reward_accuracy
 from twinhead.engine.policy import Policy, RewardModel
 from twinhead.engine.text import Text
@@ -59,7 +60,7 @@ def test_the_help_lists_every_command(args: list[str], code: int, capsys: pytest
 
 
 def test_the_commands_are_the_documented_ones() -> None:
-    assert set(cli.COMMANDS) == set("demo pretrain sft reward ppo generate evaluate report".split())
+    assert set(cli.COMMANDS) == set("demo pretrain sft reward ppo dpo grpo generate evaluate report".split())
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -71,7 +72,7 @@ def test_every_command_explains_its_options(name: str, capsys: pytest.CaptureFix
     assert f"usage: twinhead {name}" in printed
     config, _ = cli.COMMANDS[name]
     for option in dataclasses.fields(config):
-        assert f"--{option.name}" in printed
+        assert (f"--{option.name}" in printed) != hidden(option)
 
 
 @pytest.mark.parametrize(

@@ -143,10 +143,13 @@ def test_rows_in_memory_that_are_none() -> None:
 
 
 @pytest.mark.parametrize("read", READERS)
-def test_every_reader_names_the_file_and_the_row(read, text: Text) -> None:
+def test_every_reader_names_the_file_and_the_row(read, tmp_path: Path, text: Text) -> None:
+    line = json.dumps(READERS[read])
+    (tmp_path / "broken.jsonl").write_text(f'{line}\n{line}\n{{"prompt": "name')
     with pytest.raises(ValueError, match=r"broken.jsonl line 3: not valid JSON \(Unterminated string"):
-        read(FIXTURES / "broken.jsonl", text, 8)
-    with pytest.raises(ValueError, match=r"^data in memory row 2: expected .*, got the columns colour, n$"):
+        read(tmp_path / "broken.jsonl", text, 8)
+    known = "" if read is documents else r"; other known formats are hh_rlhf \(chosen, rejected\), .*"
+    with pytest.raises(ValueError, match=rf"^data in memory row 2: expected .*, got the columns colour, n{known}$"):
         read([READERS[read], {"colour": "red", "n": 1}], text, 8)
     with pytest.raises(ValueError, match=r"^data in memory row 2: expected .*, got no columns$"):
         read([READERS[read], {}], text, 8)

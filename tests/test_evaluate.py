@@ -15,8 +15,9 @@ from twinhead.engine.batch import Example, Packed, Rollout, pack
 from twinhead.engine.data import Comparison, Prompt
 from twinhead.engine.evaluate import Contest, describe, distinct, objective, perplexity, reward_accuracy, win_rate
 from twinhead.engine.experience import Experience
-from twinhead.engine.generate import Sampling, generate
+from twinhead.engine.generate import generate
 from twinhead.engine.policy import Policy, RewardModel
+from twinhead.engine.sampling import Sampling
 from twinhead.engine.text import Text
 
 EXAMPLES = [Example(p, r) for p, r in zip(ids((3, 1, 7, 2)), ids((4, 9, 2, 5), seed=1), strict=True)]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tests.models import MAX_LENGTH, PAD, VOCABULARY, ids, model
 from twinhead.engine.batch import Example, Packed, Rollout, pack
-from twinhead.engine.generate import Sampling, generate, stream, uniforms
+from twinhead.engine.generate import generate, stream
 from twinhead.engine.policy import Policy
+from twinhead.engine.sampling import Sampling, uniforms
 
 PROMPTS = ids((3, 11, 1, 7, 2, 9, 5))
 NEW = 12
@@ -276,10 +277,14 @@ def split_mix(x: int) -> int:
     return x ^ x >> 31
 
 
+def numbers(seed: int, rows: Tensor, num: int) -> Tensor:
+    return uniforms(torch.tensor(seed), rows, num)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 12345, 2**62])
 def test_uniforms_are_a_hash_of_seed_row_and_position(seed: int) -> None:
     rows = [0, 1, 7, 100_000]
-    found = uniforms(seed, torch.tensor(rows), 5)
+    found = numbers(seed, torch.tensor(rows), 5)
     key = split_mix(seed)
     expected = [[(split_mix(split_mix(key + row) + at) >> 40) / 2**24 for at in range(5)] for row in rows]
     assert found.tolist() == expected
@@ -287,10 +292,10 @@ def test_uniforms_are_a_hash_of_seed_row_and_position(seed: int) -> None:
 
 
 def test_uniforms_do_not_depend_on_who_else_asks() -> None:
-    whole = uniforms(3, torch.arange(10), 20)
-    assert torch.equal(uniforms(3, torch.tensor([7, 2]), 20), whole[[7, 2]])
-    assert torch.equal(uniforms(3, torch.arange(10), 5), whole[:, :5])
-    assert (uniforms(4, torch.arange(10), 20) != whole).all()
+    whole = numbers(3, torch.arange(10), 20)
+    assert torch.equal(numbers(3, torch.tensor([7, 2]), 20), whole[[7, 2]])
+    assert torch.equal(numbers(3, torch.arange(10), 5), whole[:, :5])
+    assert (numbers(4, torch.arange(10), 20) != whole).all()
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
@@ -298,7 +303,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 def test_uniforms_are_uniform_and_independent() -> None:
-    u = uniforms(0, torch.arange(512), 512)
+    u = numbers(0, torch.arange(512), 512)
     assert u.min() >= 0
     assert u.max() < 1
     bins = torch.histc(u, 64, 0, 1)
@@ -311,7 +316,7 @@ def test_uniforms_are_uniform_and_independent() -> None:
     next_row, next_position, next_seed = (
         (u[:-1], u[1:]),
         (u[:, :-1], u[:, 1:]),
-        (u, uniforms(1, torch.arange(512), 512)),
+        (u, numbers(1, torch.arange(512), 512)),
     )
     for a, b in (next_row, next_position, next_seed):
         assert abs(correlation(a, b)) < noise

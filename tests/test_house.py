@@ -23,17 +23,19 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 # Top to bottom: a module imports only from lines below its own. `engine/__init__.py` stands above all of them.
 LAYERS = """
     cli
-    demo
+    demo refresh
     sft reward dpo ppo grpo
-    run evaluate report labeler
-    checkpoint generate scorers experience
+    run evaluate report labeler reference best_of planning
+    checkpoint generate scorers experience selection
+    step
     policy data optim docstrings
     trunk
-    weights cache lora
+    weights graphs lora formats preferences
+    cache
     attention
-    losses text mismatch
+    losses text mismatch sampling flash adam
     rows curves options
-    config metrics batch pictures page
+    config metrics batch pictures page templates residence memory
 """
 DEPTH = {module: depth for depth, line in enumerate(LAYERS.split("\n")) for module in line.split()}
 

@@ -13,9 +13,10 @@ import pytest
 
 from tests import toys
 from twinhead.engine import data
-from twinhead.engine.generate import Sampling, generate
+from twinhead.engine.generate import generate
 from twinhead.engine.labeler import compare, gumbel, ranks
 from twinhead.engine.policy import Policy
+from twinhead.engine.sampling import Sampling
 from twinhead.engine.text import Text
 
 DRAWS = 20_000

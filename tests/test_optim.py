@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from math import cos, inf, nan, pi
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from benchmarks import peers
+from twinhead.engine import checkpoint
 from twinhead.engine.config import RunConfig
 from twinhead.engine.optim import Optimizer, learning_rate
 
@@ -218,3 +222,136 @@ def test_the_state_of_another_model_is_refused() -> None:
         ValueError, match=r"optimizer state: expected every parameter of this model, but 'head\.weight' is missing"
     ):
         other.restore(*optimizer.state())
+
+
+# -- states in 8 bits --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def torchao() -> None:
+    """The package among the peers: `make peers` puts it there."""
+    try:
+        peers.load(peers.TORCHAO, "torchao.optim")
+    except peers.Missing as missing:
+        pytest.skip(f"torchao {missing}")
+
+
+@pytest.fixture
+def eagerly(torchao: None) -> Iterator[None]:
+    """Without torchao's compiler, which takes a second for every shape."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def wide() -> nn.Linear:
+    """A matrix of 5120 numbers, which gets 8 bits, and a vector, which does not."""
+    torch.manual_seed(0)
+    return nn.Linear(64, 80)
+
+
+def quantized(value: Tensor, signed: bool) -> Tensor:
+    """The nearest of the 256 numbers that Dettmers et al. 2022 (section 2.2) choose, times the largest of its block."""
+    from torchao.optim.quant_utils import create_dynamic_map
+
+    blocks = value.reshape(-1, 256)
+    scale = blocks.abs().amax(1, keepdim=True)
+    numbers = torch.tensor(create_dynamic_map(signed=signed))
+    nearest = (blocks / scale.clamp(min=1e-12))[..., None].sub(numbers).abs().argmin(-1)
+    return (numbers[nearest] * scale).view(value.shape)
+
+
+@pytest.mark.usefixtures("torchao")
+def test_8_bits_follow_adamw_with_rounded_moments() -> None:
+    """Compiled, as a user gets it."""
+    module = wide()
+    start, m, v, expected = weights(module)[0], 0.0, 0.0, weights(module)[0]
+    optimizer = Optimizer(module, config(adam_bits=8, weight_decay=0.3, adam_eps=1e-3, max_grad_norm=0.0), 3)
+    for t in range(1, 4):
+        gradient = push(module, t)[0].clone()
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        step = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-3)
+        expected = expected - 0.1 * 0.3 * expected - 0.1 * step
+        m, v = quantized(m, True), quantized(v, False)
+    error = (module.weight - expected).norm() / (expected - start).norm()
+    assert error < 1e-3  # a number between two codes may fall to either
+    plain = wide()
+    exact = Optimizer(plain, config(weight_decay=0.3, adam_eps=1e-3, max_grad_norm=0.0), 3)
+    for t in range(1, 4):
+        push(plain, t)
+        exact.step()
+    rounding = (module.weight - plain.weight).norm() / (plain.weight - start).norm()
+    assert 10 * error < rounding < 0.1
+    torch.testing.assert_close(module.bias, plain.bias, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_8_bits_take_a_quarter_of_the_memory() -> None:
+    module, sizes = nn.Linear(1024, 64, bias=False), []
+    for bits in (32, 8):
+        optimizer = Optimizer(module, config(adam_bits=bits), 1)
+        push(module)
+        optimizer.step()
+        sizes.append(sum(t.numel() * t.element_size() for t in optimizer.state()[0].values()))
+    assert sizes[1] / sizes[0] == pytest.approx(1 / 4 + 1 / 256, rel=1e-3)
+
+
+@pytest.mark.usefixtures("eagerly")
+@pytest.mark.parametrize("stop", [0, 1, 3, 6])
+def test_8_bits_resume_bit_for_bit(stop: int, tmp_path: Path) -> None:
+    settings = config(schedule="cosine", warmup_ratio=0.3, weight_decay=0.1, adam_bits=8)
+    straight = wide()
+    whole = run(straight, expected := Optimizer(straight, settings, 8), range(8))
+
+    first = wide()
+    optimizer = Optimizer(first, settings, 8)
+    begun = run(first, optimizer, range(stop))
+    tensors, counters = optimizer.state()
+    assert {t.dtype for t in tensors.values()} <= {torch.uint8, torch.float32}
+    checkpoint.save_state(tmp_path, tensors, counters)
+    second = wide()
+    second.load_state_dict(first.state_dict())
+    resumed = Optimizer(second, settings, 8)
+    resumed.restore(*checkpoint.load_state(tmp_path))
+    assert begun + run(second, resumed, range(stop, 8)) == whole
+    assert all(map(torch.equal, weights(second), weights(straight)))
+    theirs = expected.state()[0]
+    assert {name: t.tolist() for name, t in resumed.state()[0].items()} == {n: t.tolist() for n, t in theirs.items()}
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_the_state_of_other_bits_or_another_shape_is_refused() -> None:
+    states, module = {}, wide()
+    for bits in (8, 32):
+        optimizer = Optimizer(module, config(adam_bits=bits), 1)
+        push(module)
+        optimizer.step()
+        states[bits] = optimizer.state()
+    sentence = (
+        "optimizer state: expected of weight step, exp_avg:codes, exp_avg:scale, exp_avg_sq:codes, .*, got step, exp"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        Optimizer(module, config(adam_bits=8), 1).restore(*states[32])
+    with pytest.raises(
+        ValueError, match="optimizer state: expected of weight step, exp_avg, exp_avg_sq, got step, exp_a"
+    ):
+        Optimizer(module, config(), 1).restore(*states[8])
+    with pytest.raises(ValueError, match=r"optimizer state: expected weight of shape \(80, 32\), got \(80, 64\)"):
+        Optimizer(nn.Linear(32, 80), config(), 1).restore(*states[32])
+    tensors, counters = states[8]
+    with pytest.raises(ValueError, match=r"optimizer state: expected weight of shape \(20,\), got \(2,\)"):
+        Optimizer(module, config(adam_bits=8), 1).restore(tensors | {"weight.exp_avg:scale": torch.ones(2)}, counters)
+
+
+def test_8_bits_need_torchao_and_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="adam_bits: expected 8 or 32, got 4"):
+        config(adam_bits=4)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torchao.optim", None)
+        with pytest.raises(
+            ValueError, match=r"adam_bits: 8 expects torchao, got none \(pip install 'twinhead\[lowbit\]'\)"
+        ):
+            Optimizer(wide(), config(adam_bits=8), 1)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"adam_bits: expected a C\+\+ compiler .* for 8 bits on a CPU, got none"):
+        Optimizer(wide(), config(adam_bits=8), 1)

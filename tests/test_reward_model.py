@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import cache
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Protocol
 
@@ -12,11 +15,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from tests import toys
 from tests.models import ARCHITECTURES, EOS, PAD, ids, tiny
+from twinhead.engine import data, losses
 from twinhead.engine.batch import Example, pack
-from twinhead.engine.policy import RewardModel
+from twinhead.engine.evaluate import reward_accuracy
+from twinhead.engine.policy import Policy, RewardModel
+from twinhead.engine.text import Text
 from twinhead.engine.trunk import packed_pass
 
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 CLASSIFIERS = [name for name in ARCHITECTURES if name in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES]
 SEQUENCES = [Example(p, r) for p, r in zip(ids((3, 1, 7, 2)), ids((4, 9, 2, 1), seed=1), strict=True)]
 
@@ -129,3 +137,144 @@ def test_bfloat16_scores_are_float32(checkpoint: Checkpoint) -> None:
     torch.testing.assert_close(scores, exact(pack(SEQUENCES)), atol=0.1, rtol=0.1)
     assert not torch.equal(scores, scores.bfloat16().float())
     assert RewardModel.from_language_model(checkpoint("llama"), device="meta").device.type == "meta"
+
+
+# -- objectives --------------------------------------------------------------------------------------------------------
+
+SCORES, RANKS = [0.3, -1.2, 2.0, 0.7, 0.1, -0.4, 1.5, 1.5, 0.0], [1, 3, 2, 0, 1, 0, 5, 5, 5]
+GROUPS = (range(4), range(4, 6), range(6, 9))  # a ranking of four, a pair, three ties
+CU_GROUPS = torch.tensor([0, 4, 6, 9])
+
+
+def scored() -> Tensor:
+    return torch.tensor(SCORES, dtype=torch.float64, requires_grad=True)
+
+
+def probability(scores: list[float], order: tuple[int, ...]) -> float:
+    """Of an order, the best first, as Plackett and Luce have it."""
+    left, product = list(order), 1.0
+    for best in order:
+        product *= math.exp(scores[best]) / sum(math.exp(scores[i]) for i in left)
+        left.remove(best)
+    return product
+
+
+def test_the_listwise_loss_is_the_log_probability_of_the_ranking() -> None:
+    total = 0.0
+    for order in permutations(range(4)):
+        ranks = torch.tensor([order.index(i) for i in range(4)])
+        loss = losses.plackett_luce(scored()[:4], ranks, torch.tensor([0, 4]))
+        assert loss.item() == pytest.approx(-math.log(probability(SCORES[:4], order)) / 3)
+        total += math.exp(-3 * loss.item())
+    assert total == pytest.approx(1.0)
+
+
+def test_ties_are_not_chosen_from_each_other() -> None:
+    a, b, c = SCORES[:3]
+    loss = losses.plackett_luce(scored()[:3], torch.tensor([0, 0, 1]), torch.tensor([0, 3]))
+    assert loss.item() == pytest.approx((math.log1p(math.exp(c - a)) + math.log1p(math.exp(c - b))) / 2)
+
+
+def test_the_listwise_loss_of_a_pair_is_the_pairwise_one_margin_included() -> None:
+    margin, pair = torch.tensor([0.4], dtype=torch.float64), (scored()[4:6], torch.tensor([1, 0]), torch.tensor([0, 2]))
+    torch.testing.assert_close(losses.plackett_luce(*pair, margin), losses.kwise(*pair, margin))
+    torch.testing.assert_close(losses.plackett_luce(*pair), losses.kwise(*pair))
+    assert losses.plackett_luce(*pair, margin) > losses.plackett_luce(*pair)
+
+
+def test_centring_is_the_mean_square_of_the_sums_of_pairs() -> None:
+    found = losses.centring(scored(), torch.tensor(RANKS), CU_GROUPS).tolist()
+    for group, value in zip(GROUPS, found, strict=True):
+        sums = [SCORES[i] + SCORES[j] for i, j in combinations(group, 2) if RANKS[i] != RANKS[j]]
+        assert value == pytest.approx(sum(x * x for x in sums) / max(len(sums), 1))
+
+
+@pytest.mark.parametrize("loss", [losses.kwise, losses.plackett_luce, losses.centring])
+def test_every_objective_of_a_ranking(loss: Loss) -> None:
+    ranks, scores = torch.tensor(RANKS), scored()
+    together = loss(scores, ranks, CU_GROUPS)
+    alone = [loss(scores[group], ranks[group], torch.tensor([0, len(group)])) for group in map(list, GROUPS)]
+    torch.testing.assert_close(together, torch.cat(alone))
+    assert together[2] == 0.0  # all are tied
+    assert torch.autograd.gradcheck(lambda x: loss(x, ranks, CU_GROUPS), scores)
+    assert loss(scores[:0], ranks[:0], torch.tensor([0])).shape == (0,)
+    far = scores.detach().mul(1e4).requires_grad_()
+    assert torch.autograd.grad(loss(far, ranks, CU_GROUPS).sum(), far)[0].isfinite().all()
+
+
+def trained(box: dict[str, str], folder: Path, **changes: object) -> tuple[RewardModel, dict[str, float]]:
+    """A reward model and the last line of its metrics."""
+    rows = {"data": toys.comparisons(96), "eval_data": toys.comparisons(32, seed=5)}
+    options = {"batch_size": 8, "learning_rate": 3e-3} | rows | changes
+    run = toys.train("reward", box, folder, **options)
+    return RewardModel.from_pretrained(run.dir), toys.metrics(run.dir)[-1]
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return toys.box(tmp_path_factory.mktemp("box"))
+
+
+def test_a_reward_model_learns_from_whole_rankings(box: dict[str, str], tmp_path: Path) -> None:
+    _, found = trained(box, tmp_path / "run", loss="listwise")
+    assert found["eval/micro"] > 0.98
+
+
+def test_centring_keeps_raw_scores_near_zero(box: dict[str, str], tmp_path: Path) -> None:
+    free, centred = (trained(box, tmp_path / f"{coef}", centring_coef=coef)[1] for coef in (0.0, 0.3))
+    assert centred["centring"] < 0.5 * free["centring"]
+    assert centred["eval/micro"] > 0.95
+
+
+def test_the_accuracy_of_every_labeler_is_reported(box: dict[str, str], tmp_path: Path) -> None:
+    judged = [*toys.conflict(32, seed=5), *toys.comparisons(4)]  # the last ones by nobody knows whom
+    model, found = trained(box, tmp_path / "run", eval_data=judged)
+    assert {name for name in found if "labeler" in name} == {"eval/labeler/ann", "eval/labeler/7"}
+    assert found["eval/labeler/ann"] > 0.95
+    assert found["eval/labeler/7"] < 0.05
+    theirs = data.comparisons(judged[1:32:2], Text.from_pretrained(box["model"]), 16)
+    assert [c.labeler for c in theirs] == ["7"] * 16
+    assert found["eval/labeler/7"] == reward_accuracy(model, theirs).micro
+
+
+# -- the scale of scores -----------------------------------------------------------------------------------------------
+
+
+def test_the_spread_is_that_of_answers_to_one_prompt(box: dict[str, str], tmp_path: Path) -> None:
+    model, found = trained(box, tmp_path / "run")
+    rankings = data.comparisons(toys.comparisons(96), Text.from_pretrained(box["model"]), 16)
+    squares: list[float] = []
+    with torch.no_grad():
+        for ranking in rankings:
+            scores = model.raw(pack(ranking.examples)).tolist()
+            squares += [(score - sum(scores) / len(scores)) ** 2 for score in scores]
+    assert model.spread == found["spread"] == pytest.approx(math.sqrt(sum(squares) / len(squares)), rel=1e-4)
+    assert model.spread != 1.0
+
+
+def test_members_are_trained_by_their_seeds(box: dict[str, str], tmp_path: Path) -> None:
+    first, again, other = (trained(box, tmp_path / f"{i}", seed=seed)[0] for i, seed in enumerate((0, 0, 1)))
+    assert torch.equal(first.model.score.weight, again.model.score.weight)
+    assert not torch.equal(first.model.score.weight, other.model.score.weight)
+
+
+def test_a_checkpoint_without_a_spread_has_one_of_1(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    reward = RewardModel.from_language_model(checkpoint("llama"))
+    assert reward.spread == 1.0
+    reward.spread = 0.12345678901234567
+    reward.save_pretrained(tmp_path)
+    assert RewardModel.from_pretrained(tmp_path).spread == reward.spread
+
+
+def test_a_small_reward_model_teaches_a_larger_policy(box: dict[str, str], tmp_path: Path) -> None:
+    small, found = trained(box, tmp_path / "reward", model=box["small_model"], learning_rate=1e-2, epochs=2)
+    policy = Policy.from_pretrained(box["model"], "none")
+    assert 3 * sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in policy.parameters())
+    assert found["eval/micro"] > 0.95
+    run = toys.train(
+        "ppo", box, tmp_path / "ppo", steps=25, rollouts_per_step=32, learning_rate=3e-3, missing_eos_penalty=0.0,
+        reward_model=str(tmp_path / "reward"), reward_functions=(box["rewards"] + ":goodness",),
+        reward_weights=(1.0, 0.0), prompts=toys.prompts(64),
+    )  # fmt: skip
+    good = [line["score/goodness"] for line in toys.metrics(run.dir)]
+    assert sum(good[-5:]) / 5 > sum(good[:5]) / 5 + 0.3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 from collections.abc import Iterator
 from functools import partial
 from math import inf, isnan, nan
@@ -11,11 +13,14 @@ from typing import Any
 import pytest
 import torch
 
+from tests import toys
 from tests.models import EOS, classifier, ids, tiny, tokenizer
 from twinhead.engine.batch import Example, Rollout, pack
 from twinhead.engine.data import Prompt
 from twinhead.engine.policy import RewardModel
 from twinhead.engine.scorers import (
+    Ensemble,
+    RunningScale,
     Scorer,
     check_tokenizer,
     load_function,
@@ -173,6 +178,109 @@ def test_sources_and_weights_must_fit(text: Text, reward_model: RewardModel) -> 
         ValueError, match=r"reward_weights: expected one per source \(reward_model, length\), got \[1.0\]"
     ):
         Scorer(text, reward_model, [length], [1.0])
+
+
+# -- ensembles ---------------------------------------------------------------------------------------------------------
+
+COMBINED = {
+    "mean": lambda scores, coef: sum(scores) / len(scores),
+    "min": lambda scores, coef: min(scores),
+    "mean_std": lambda scores, coef: sum(scores) / len(scores) - coef * statistics.pstdev(scores),
+}
+
+
+@pytest.fixture(scope="module")
+def members(reward_model: RewardModel) -> list[RewardModel]:
+    """Three that differ in all that a member may differ in."""
+    wide, narrow = RewardModel(classifier(seed=1)), RewardModel(classifier(seed=2, hidden_size=16))
+    (wide.mean, wide.spread), (narrow.mean, narrow.spread) = (-1.0, 4.0), (0.5, 0.1)
+    return [reward_model, wide, narrow]
+
+
+@pytest.mark.parametrize("combine", COMBINED)
+def test_members_are_normalised_and_combined(combine: str, members: list[RewardModel], text: Text) -> None:
+    scorer = Scorer(text, Ensemble(members, combine, coef=0.7), [length], [1.0, 0.5])
+    total, parts = scorer(ROLLOUTS, ASKED)
+    with torch.no_grad():
+        apart = [((m.raw(pack(ROLLOUTS)) - m.mean) / m.spread).tolist() for m in members]
+    expected = [COMBINED[combine](scores, 0.7) for scores in zip(*apart, strict=True)]
+    assert list(parts) == ["reward_model", "length", "reward_model/std"]
+    assert parts["reward_model"].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    deviations = [statistics.pstdev(scores) for scores in zip(*apart, strict=True)]
+    assert parts["reward_model/std"].tolist() == pytest.approx(deviations, rel=1e-4, abs=1e-5)
+    torch.testing.assert_close(total, parts["reward_model"] + 0.5 * parts["length"])
+    assert scorer.reward_models == members
+
+
+def test_an_ensemble_of_one_says_what_its_member_says(reward_model: RewardModel, text: Text) -> None:
+    alone, _ = Scorer(text, reward_model)(ROLLOUTS, ASKED)
+    for combine in COMBINED:
+        scores, parts = Scorer(text, Ensemble([reward_model], combine))(ROLLOUTS, ASKED)
+        torch.testing.assert_close(scores, alone)
+        assert not parts["reward_model/std"].any()
+    assert Scorer(text, reward_model).reward_models == [reward_model]
+    assert Scorer(text, None, [length]).reward_models == []
+
+
+@pytest.mark.parametrize("spread", [0.0, -1.0, nan, inf])
+def test_a_member_without_a_spread_is_refused(spread: float, members: list[RewardModel]) -> None:
+    odd = RewardModel(classifier())
+    odd.spread = spread
+    with pytest.raises(ValueError, match=f"reward_models: expected a spread above 0, got {spread} of member 4"):
+        Ensemble([*members, odd])
+    with pytest.raises(ValueError, match="reward_models: expected at least one reward model, got none"):
+        Ensemble([])
+
+
+# -- running normalisation ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0.0, -3.0, 1e6])
+def test_the_running_scale_is_that_of_all_scores_so_far(offset: float) -> None:
+    scale, seen = RunningScale(), []
+    draw = torch.Generator().manual_seed(0)
+    for num in (5, 1, 30, 2):
+        scores = offset + num * torch.randn(num, generator=draw, dtype=torch.float64)
+        seen += scores.tolist()
+        found = scale.normalised(scores)
+        assert scale.count == len(seen)
+        assert scale.mean == pytest.approx(statistics.fmean(seen), rel=1e-12, abs=1e-12)
+        assert scale.std == pytest.approx(statistics.pstdev(seen), rel=1e-9)
+        expected = [(score - statistics.fmean(seen)) / statistics.pstdev(seen) for score in scores.tolist()]
+        assert found.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_scores_that_never_vary_are_all_zero() -> None:
+    scale = RunningScale()
+    assert scale.std == 0.0
+    for _ in range(2):
+        found = scale.normalised(torch.full((3,), 7.0))
+        assert found.tolist() == [0.0] * 3
+        assert found.dtype == torch.float32
+
+
+def test_the_state_of_a_running_scale_is_json() -> None:
+    first, second = RunningScale(), RunningScale()
+    first.normalised(torch.tensor([0.1, 0.7, 3.0]))
+    vars(second).update(json.loads(json.dumps(vars(first))))
+    more = torch.tensor([2.0, 0.3])
+    assert torch.equal(first.normalised(more), second.normalised(more))
+    assert vars(first) == vars(second)
+
+
+def test_ppo_learns_from_normalised_scores(tmp_path: Path) -> None:
+    def huge(completions: list[str], **_: Any) -> list[float]:
+        return [1000.0 + 500.0 * completion.split().count("good") for completion in completions]
+
+    box = toys.box(tmp_path / "box")
+    given = {"missing_eos_penalty": 0.0, "normalise_scores": True, "reward_functions": (), "reward_funcs": [huge]}
+    run = toys.train("ppo", box, tmp_path / "run", **given)
+    for line in toys.metrics(run.dir):
+        assert line["score/huge"] >= 1000
+        assert abs(line["objective/score"]) < 3
+    first = toys.metrics(run.dir)[0]
+    assert (first["objective/score"], first["objective/score_std"]) == pytest.approx((0.0, 1.0), abs=1e-6)
+    assert first["score/running_mean"] == first["score/huge"]
 
 
 @pytest.mark.parametrize("tokens_per_micro", [1, 9, 1000])

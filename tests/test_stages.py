@@ -252,14 +252,14 @@ def spy(patch: pytest.MonkeyPatch, owner: Any, name: str, see: Callable[[Any], N
 
 
 def count_sequences_with_gradient(patch: pytest.MonkeyPatch, counter: Counter) -> None:
-    forward = Policy.forward
+    hidden = Policy.hidden
 
-    def counted(self: Policy, packed: Any, **options: Any) -> Any:
+    def counted(self: Policy, packed: Any) -> torch.Tensor:
         if torch.is_grad_enabled():
             counter.update(tuple(part.tolist()) for part in packed.tokens.split(list(packed.lengths)))
-        return forward(self, packed, **options)
+        return hidden(self, packed)
 
-    patch.setattr(Policy, "forward", counted)
+    patch.setattr(Policy, "hidden", counted)
 
 
 def test_the_reference_and_the_reward_model_stay_as_they_were(

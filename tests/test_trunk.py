@@ -115,7 +115,7 @@ def test_sequences_that_leak_into_each_other_are_noticed(monkeypatch: pytest.Mon
     ragged = attention._ragged
 
     def without_borders(*args: Any) -> Tensor:
-        return ragged(*args[:3], Ragged((sum(args[3].lengths),)), *args[4:])
+        return ragged(*args[:3], Ragged((sum(args[3].lengths),), args[3].cu_seqlens[[0, -1]]), *args[4:])
 
     monkeypatch.setattr(attention, "_ragged", without_borders)
     with pytest.raises(

@@ -16,10 +16,14 @@ from twinhead.engine import ppo, reward, sft
 from twinhead.engine.batch import Example, pack
 from twinhead.engine.data import Comparison
 from twinhead.engine.evaluate import perplexity
-from twinhead.engine.generate import Sampling, generate
+from twinhead.engine.experience import Batch
+from twinhead.engine.generate import generate
+from twinhead.engine.metrics import Sums
 from twinhead.engine.optim import Optimizer
 from twinhead.engine.policy import Policy, RewardModel
+from twinhead.engine.sampling import Sampling
 from twinhead.engine.trunk import checkpoint_gradients
+from twinhead.kernels import ppo_loss
 
 PROMPTS = ids((3, 1, 7, 2, 5, 4, 6, 2))
 Gradients = dict[str, Tensor]
@@ -58,23 +62,30 @@ def sft_gradients(tokens_per_micro: int) -> tuple[list[Gradients], dict[str, flo
     return recorder.taken, stats
 
 
-def ppo_gradients(tokens_per_micro: int) -> tuple[list[Gradients], dict[str, float]]:
-    """Two minibatches of one step, after the policy has moved a little since it sampled."""
-    sampler = policy()
-    rollouts = generate(
-        sampler, PROMPTS, Sampling(max_new_tokens=12, temperature=0.8, stop=tuple(range(4, 14)), seed=1)
-    )
+def experience(architecture: str, critic: str, config: ppo.Config) -> tuple[Policy, Batch, dict[str, float]]:
+    """Two minibatches of one step, and the policy after it has moved a little since it sampled."""
+    sampler = policy(architecture, critic)
+    sampling = Sampling(max_new_tokens=12, temperature=config.temperature, stop=tuple(range(4, 14)), seed=1)
+    rollouts = generate(sampler, PROMPTS, sampling)
     assert len({len(r.response) for r in rollouts}) > 3
-    config = ppo.Config(
-        model="m", prompts="p", steps=1, temperature=0.8, rollouts_per_step=8, minibatches=2, epochs=1, clip_low=0.05,
-        value_clip=0.05, entropy_coef=0.1, tokens_per_micro=tokens_per_micro,
-    )  # fmt: skip
-    scores = torch.linspace(-1, 1, 8)
-    batch, examined = ppo.examine(sampler, Policy(model(seed=1), "none"), rollouts, scores, 0.1, config, 0)
-    trained = policy()
+    scores, reference = torch.linspace(-1, 1, 8), Policy(model(architecture, seed=1), "none")
+    batch, examined = ppo.examine(sampler, reference, rollouts, scores, 0.1, config, 0)
+    trained = policy(architecture, critic)
     with torch.no_grad():
         for i, parameter in enumerate(trained.parameters()):
             parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    return trained, batch, examined
+
+
+def ppo_config(tokens_per_micro: int, **options: Any) -> ppo.Config:
+    chosen = {"temperature": 0.8, "clip_low": 0.05, "value_clip": 0.05, "entropy_coef": 0.1} | options
+    shape = {"rollouts_per_step": 8, "minibatches": 2, "epochs": 1, "tokens_per_micro": tokens_per_micro}
+    return ppo.Config(model="m", prompts="p", steps=1, **shape, **chosen)
+
+
+def ppo_gradients(tokens_per_micro: int) -> tuple[list[Gradients], dict[str, float]]:
+    config = ppo_config(tokens_per_micro)
+    trained, batch, examined = experience("llama", "shared", config)
     recorder = Recorder(trained)
     updated = ppo.update(trained, recorder, batch, None, config, random.Random(0))
     return recorder.taken, examined | updated
@@ -109,6 +120,39 @@ def test_the_micro_batch_size_changes_no_gradient(update: Update, tokens_per_mic
             error = (ours[name] - gradient).norm() / gradient.norm()
             assert error < 1e-5, f"{name}: {error}"
     assert remeasured == pytest.approx(measured, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"entropy_coef": 0.0}, {"value_coef": 3.0, "value_clip": 1e-4}], ids=str)
+@pytest.mark.parametrize(("architecture", "critic"), [("llama", "shared"), ("llama", "detached"), ("gemma2", "shared"),
+                                                      ("phi", "shared")])  # fmt: skip
+def test_the_fused_update_is_ppo_loss_of_the_scores(architecture: str, critic: str, options: dict[str, float]) -> None:
+    """Three matrix products or four, the gradient and all statistics are the same; phi's head has a bias."""
+    config = ppo_config(40, **options)
+    trained, batch, _ = experience(architecture, critic, config)
+    recorder = Recorder(trained)
+    updated = ppo.update(trained, recorder, batch, None, config, random.Random(0))
+    plain, sums = Recorder(trained), Sums()
+    for minibatch in random.Random(0).sample(batch, len(batch)):
+        num_tokens = sum(e.packed.num_targets for e in minibatch)
+        for e in minibatch:
+            new = trained(e.packed, temperature=config.temperature)
+            loss, stats = ppo_loss(
+                new.logprobs, e.logprobs, e.advantages, new.values, e.values, e.returns, entropy=new.entropy,
+                clip_low=config.clip_low, clip_high=config.clip_high, value_clip=config.value_clip,
+                value_coef=config.value_coef, entropy_coef=config.entropy_coef, normalizer=num_tokens,
+            )  # fmt: skip
+            loss.backward()
+            sums.add(stats)
+        plain.step()
+    assert {name: updated[name] for name in sums.take(1, "policy/")} == pytest.approx(
+        sums.take(len(batch), "policy/"), rel=1e-5, abs=1e-7
+    )
+    assert updated["policy/vf_clipfrac"] > 0.1 and updated["policy/clipfrac"] > 0.1
+    for ours, theirs in zip(recorder.taken, plain.taken, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, gradient in theirs.items():
+            error = (ours[name] - gradient).norm() / gradient.norm()
+            assert error < 1e-5, f"{name}: {error}"
 
 
 VOCABULARY, PROMPT, RESPONSE, ROWS = 1000, 2, 52, 30

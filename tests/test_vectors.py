@@ -304,6 +304,9 @@ def test_value_loss(vectors: Vectors) -> None:
         vectors.close(stats["vf_loss"], getattr(expected, name))
         vectors.close(stats["vf_clipfrac"], expected.clipfrac)
     vectors.close(torch.autograd.grad(loss, values)[0], expected.grad)
+    errors, clipped = losses.value_loss(values, given.values_old, given.returns, given.clip)
+    vectors.close(errors[mask].mean(), expected.loss)
+    vectors.close(clipped[mask].to(errors.dtype).mean(), expected.clipfrac)
     explained = losses.explained_variance(given.values_old[mask], given.returns[mask])
     vectors.close(explained, expected.explained_variance)
 

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from twinhead.engine import ppo, reward, sft
+from twinhead.engine import dpo, grpo, ppo, reward, sft
 from twinhead.engine.config import RunConfig
 from twinhead.engine.metrics import JsonLines
 from twinhead.engine.policy import RewardModel
@@ -28,12 +28,19 @@ TRAIN: dict[str, tuple[type[RunConfig], Callable[..., Run]]] = {
     "sft": (sft.Config, sft.train),
     "reward": (reward.Config, reward.train),
     "ppo": (ppo.Config, ppo.train),
+    "dpo": (dpo.Config, dpo.train),
+    "grpo": (grpo.Config, grpo.train),
 }
 REWARDS = '''"""Reward functions of toys."""
 
 
 def goodness(prompts, completions, **columns):
     return [c.split().count("good") / max(len(ids), 1) for c, ids in zip(completions, columns["completion_ids"])]
+
+
+def progress(prompts, completions, **columns):
+    good, bad = 12, 13
+    return [[float(i == good) if i in (good, bad) else None for i in ids] for ids in columns["completion_ids"]]
 
 
 def shortness(prompts, completions, **columns):
@@ -101,6 +108,25 @@ def comparisons(num: int, seed: int = 0) -> list[dict[str, Any]]:
     return [*rows, *comparisons(num - len(rows), seed + 1)] if len(rows) < num else rows
 
 
+def conflict(num: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Comparisons of two labelers in turn: one likes "good", the other one the contrary."""
+    rows = comparisons(num, seed)
+    for contrary in rows[1::2]:
+        contrary["ranks"] = [-rank for rank in contrary["ranks"]]
+    return [row | {"labeler_id": ("ann", 7)[i % 2]} for i, row in enumerate(rows)]
+
+
+def unpaired(num: int, seed: int = 0) -> list[dict[str, Any]]:
+    """One answer to two words, a good one if most of its three words are "good"."""
+    rng = random.Random(seed)
+    answers = [rng.choices(["good", "bad"], k=3) for _ in range(num)]
+    asked = [" ".join(rng.choices(COUNT, k=2)) for _ in range(num)]
+    return [
+        {"prompt": prompt, "completion": " ".join(answer), "label": answer.count("good") > 1}
+        for prompt, answer in zip(asked, answers, strict=True)
+    ]
+
+
 def prompts(num: int, seed: int = 0) -> list[dict[str, Any]]:
     """One to three words."""
     rng = random.Random(seed)
@@ -112,10 +138,13 @@ def box(folder: Path) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     rows = {"demonstrations": demonstrations(40), "documents": documents(24), "comparisons": comparisons(40)}
     rows |= {"prompts": prompts(24), "heldout": demonstrations(8, seed=9), "ranked": comparisons(8, seed=9)}
+    rows |= {"unpaired": unpaired(40), "labelled": unpaired(8, seed=9), "conflict": conflict(8)}
     paths = {name: write(folder / f"{name}.jsonl", table) for name, table in rows.items()}
     (folder / "rewards.py").write_text(REWARDS)
     paths["model"] = language_model(folder / "model")
     paths["reward_model"] = reward_model(folder / "reward_model", paths["model"])
+    paths["small_model"] = language_model(folder / "small", seed=2, hidden_size=16, num_hidden_layers=1)
+    paths["small_reward_model"] = reward_model(folder / "small_reward_model", paths["small_model"])
     shape().save_pretrained(folder / "empty")
     tokenizer().save_pretrained(folder / "empty")
     return paths | {"empty": str(folder / "empty"), "rewards": str(folder / "rewards.py")}
@@ -146,6 +175,15 @@ def options(stage: str, paths: dict[str, str]) -> dict[str, Any]:
             "model": paths["model"], "prompts": paths["prompts"], "reward_functions": (paths["rewards"] + ":goodness",),
             "steps": 3, "rollouts_per_step": 8, "epochs": 2, "minibatches": 2, "max_prompt_tokens": 8,
             "max_new_tokens": 5, "learning_rate": 1e-3,
+        },
+        "grpo": {
+            "model": paths["model"], "prompts": paths["prompts"], "reward_functions": (paths["rewards"] + ":goodness",),
+            "steps": 3, "prompts_per_step": 3, "group_size": 4, "epochs": 2, "minibatches": 2, "max_prompt_tokens": 8,
+            "max_new_tokens": 5, "learning_rate": 1e-3,
+        },
+        "dpo": {
+            "model": paths["model"], "data": paths["comparisons"], "eval_data": paths["ranked"],
+            "batch_size": 4, "max_length": 16, "learning_rate": 1e-3,
         },
     }  # fmt: skip
     return chosen[stage] | {"device": "cpu"}
@@ -183,7 +221,10 @@ def command(stage: str, chosen: dict[str, Any]) -> list[str]:
     """The same options as words of the command line."""
     words = [stage]
     for name, value in chosen.items():
-        words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
     return words
 
 

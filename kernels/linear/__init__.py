@@ -10,6 +10,8 @@ linear_ppo_loss knows the loss while the logits are at hand, and needs three.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from twinhead.kernels._arguments import (
@@ -111,8 +113,9 @@ def linear_ppo_loss(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    return_logprobs: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Any, ...]:
     """The PPO policy loss straight from hidden states; loss and gradient in one pass over the logits.
 
     loss = [sum of max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) + kl_coef * estimator(logprobs, ref_logprobs)
@@ -123,10 +126,11 @@ def linear_ppo_loss(
     `logit_scale` as in linear_logprob. `normalizer` is the token count of the whole optimizer step; by default that of
     this call. The log-ratio is limited to [-20, 20] before exp.
 
-    Returns (loss, stats): a 0-dimensional loss, differentiable once to hidden, weight and bias, and 0-dimensional
-    statistics on the same device, sums over the tokens by `normalizer` (they add up over micro-batches): pg_loss (the
-    surrogate), approx_kl (of old - new), approx_kl_k3, ref_kl (of the estimator), entropy, clipfrac, ratio_mean.
-    ratio_max is a maximum; vf_loss and vf_clipfrac are 0, as there are no values.
+    Returns (loss, stats), or with `return_logprobs` (loss, stats, logprobs): a 0-dimensional loss, differentiable once
+    to hidden, weight and bias, and 0-dimensional statistics on the same device, sums over the tokens by `normalizer`
+    (they add up over micro-batches): pg_loss (the surrogate), approx_kl (of old - new), approx_kl_k3, ref_kl (of the
+    estimator), entropy, clipfrac, ratio_mean. ratio_max is a maximum; vf_loss and vf_clipfrac are 0, as there are no
+    values. logprobs (...) are those of linear_logprob to the last bit, and carry no gradient.
 
     The gradient is computed by the forward call and only scaled by backward(); under no_grad it is not computed.
     Raises ValueError for shapes that do not fit, targets outside [0, V), coefficients out of range, or a `kl_coef`
@@ -142,11 +146,12 @@ def linear_ppo_loss(
         None if ref_logprobs is None else _tokens(ref_logprobs, hidden, weight),
         clip_low, clip_high, dual_clip, kl_coef, kl_estimator, entropy_coef, normalizer,
     )  # fmt: skip
-    return chunked.linear_ppo_loss(
+    loss, stats, logprobs = chunked.linear_ppo_loss(
         hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), bias, objective,
         temperature=temperature, softcap=softcap, logit_scale=logit_scale,
         epilogue=_BACKENDS.pick(op, hidden.device, backend).__name__,
     )  # fmt: skip
+    return (loss, stats, logprobs.view(targets.shape)) if return_logprobs else (loss, stats)
 
 
 def _tokens(constant: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:

@@ -178,10 +178,11 @@ def linear_ppo_loss(
     softcap: float | None,
     logit_scale: float,
     epilogue: str,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, and its gradient while the logits are at hand: three matrix products, or one if nothing needs it."""
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """The loss, its statistics and the log-probs (R,), with the gradient found while the logits are at hand: three
+    matrix products, or one if nothing needs it."""
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    loss, statistics, _ = _linear_ppo_loss(
+    loss, statistics, logprobs, _ = _linear_ppo_loss(
         hidden,
         weight,
         bias,
@@ -202,7 +203,7 @@ def linear_ppo_loss(
         epilogue,
         needs,
     )
-    return loss, dict(zip(STATISTICS, statistics.unbind(), strict=True))
+    return loss, dict(zip(STATISTICS, statistics.unbind(), strict=True)), logprobs
 
 
 @torch.library.custom_op("twinhead::linear_ppo_loss", mutates_args=())
@@ -226,8 +227,8 @@ def _linear_ppo_loss(
     logit_scale: float,
     epilogue: str,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The loss, its statistics in the order of STATISTICS, and its gradients by hidden, weight and bias, if needed."""
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Loss, statistics in the order of STATISTICS, log-probs (R,), and the gradients that are needed."""
     tokens, clips = (old_logprobs, advantages, ref_logprobs), (clip_low, clip_high, dual_clip)
     objective = Objective(*tokens, *clips, kl_coef, kl_estimator, entropy_coef, divisor)
     run, logprobs, measures = _load(epilogue), *_unmeasured(hidden, weight)
@@ -241,20 +242,21 @@ def _linear_ppo_loss(
             else:
                 run.measure(*block)
     loss, statistics = objective.loss(logprobs, measures.entropy)
-    return loss, torch.stack([statistics[name] for name in STATISTICS]), _found(gradient, weight, bias)
+    return loss, torch.stack([statistics[name] for name in STATISTICS]), logprobs, _found(gradient, weight, bias)
 
 
 @_linear_ppo_loss.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     loss = hidden.new_empty((), dtype=wide(hidden, weight))
-    return loss, loss.new_empty(len(STATISTICS)), _like_found(hidden, weight, bias, others[-1])
+    logprobs = loss.new_empty(len(hidden))
+    return loss, loss.new_empty(len(STATISTICS)), logprobs, _like_found(hidden, weight, bias, others[-1])
 
 
 def _save_for_linear_ppo_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _, statistics, gradients = output
+    _, statistics, logprobs, gradients = output
     ctx.needs = inputs[-1]
     ctx.save_for_backward(*gradients)
-    ctx.mark_non_differentiable(statistics, *gradients)
+    ctx.mark_non_differentiable(statistics, logprobs, *gradients)
 
 
 def _linear_ppo_loss_gradient(ctx: Any, slope: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

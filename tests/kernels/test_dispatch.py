@@ -25,7 +25,7 @@ SIGNATURES = """
     linear_ppo_loss(hidden, weight, targets, old_logprobs, advantages, *, clip_low=0.2, clip_high=0.2, dual_clip=None,
         ref_logprobs=None, kl_coef=0.0, kl_estimator='k3', entropy_coef=0.0, temperature=1.0, normalizer=None,
         bias=None,
-        softcap=None, logit_scale=1.0, backend=None)
+        softcap=None, logit_scale=1.0, return_logprobs=False, backend=None)
     linear_kl(hidden, weight, ref_hidden, ref_weight, *, direction='reverse', temperature=1.0, backend=None)
     kl_estimate(logprobs, ref_logprobs, kind='k1')
     full_kl(logits, ref_logits, *, direction='reverse', temperature=1.0, backend=None)

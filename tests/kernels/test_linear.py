@@ -287,9 +287,10 @@ def test_one_pass_equals_autograd(rows: int, words: int, settings: dict[str, Any
     rows = min(rows, FEW) if backend == "triton" else rows
     inputs = hidden, weight, bias, targets = head(rows, words)
     old_logprobs, advantages, ref_logprobs = tokens(rows, inputs)
-    loss, stats = linear_ppo_loss(
-        hidden, weight, targets, old_logprobs, advantages, ref_logprobs=ref_logprobs, bias=bias, **settings
-    )
+    loss, stats, logprobs = linear_ppo_loss(
+        hidden, weight, targets, old_logprobs, advantages, ref_logprobs=ref_logprobs, bias=bias, return_logprobs=True,
+        **settings,
+    )  # fmt: skip
     defaults = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "kl_coef": 0.0, "kl_estimator": "k3"}
     defaults |= {"entropy_coef": 0.0, "normalizer": None}
     shape = {name: settings[name] for name in ("softcap", "logit_scale", "temperature") if name in settings}
@@ -298,6 +299,7 @@ def test_one_pass_equals_autograd(rows: int, words: int, settings: dict[str, Any
     expected, expected_stats = reference.linear_ppo_loss(hidden, weight, targets, bias, objective, **shape)
     assert_close(loss, expected)
     assert_close(stats, expected_stats)
+    assert_close(logprobs, reference.linear_logprob(hidden, weight, targets, bias, **shape)[0].detach())
     gradients = torch.autograd.grad(3 * loss, (hidden, weight, bias))
     assert_close(gradients, torch.autograd.grad(3 * expected, (hidden, weight, bias)))
 
@@ -329,6 +331,26 @@ def test_the_objective_is_what_it_says() -> None:
     )
     assert_close(loss, total / 40)
     assert_close(stats["clipfrac"].item(), clipped / 40)
+
+
+@pytest.mark.parametrize("learning", [True, False])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_the_loss_gives_the_logprobs_of_linear_logprob(
+    settings: dict[str, float], learning: bool, backend: str
+) -> None:
+    rows = FEW if backend == "triton" else 600
+    hidden, weight, bias, targets = head(rows, 31, dtype=torch.float32)
+    given, settings = (hidden.view(2, -1, 5), weight, targets.view(2, -1)), settings | {"bias": bias}
+    constants = torch.zeros(2, rows // 2), torch.ones(2, rows // 2)
+    with torch.set_grad_enabled(learning):
+        expected = linear_logprob(*given, **settings)
+        loss, _, logprobs = linear_ppo_loss(*given, *constants, return_logprobs=True, **settings)
+    assert torch.equal(logprobs, expected)
+    assert loss.requires_grad == learning and not logprobs.requires_grad
+    logprobs.zero_()  # they belong to the caller
+    if learning:
+        again, _ = linear_ppo_loss(*given, *constants, **settings)
+        assert_close(*(torch.autograd.grad(x, (hidden, weight, bias)) for x in (loss, again)), rtol=0, atol=0)
 
 
 def test_half_precision_gives_a_float32_loss_and_gradients_of_its_own(backend: str) -> None:
