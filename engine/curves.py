@@ -14,12 +14,24 @@ from twinhead.engine.metrics import JsonLines
 from twinhead.engine.pictures import Curves, Level, Line
 
 MANY, BINS = 150, 60  # a curve of more than MANY points is drawn as the means of BINS equal parts
-FAMILIES = {"pretrain": "pre-trained", "sft": "SFT", "reward": "reward model", "ppo": "PPO", "ppo_ptx": "PPO + mix"}
+FAMILIES = {
+    "pretrain": "pre-trained",
+    "sft": "SFT",
+    "reward": "reward model",
+    "dpo": "DPO",
+    "grpo": "GRPO",
+    "ppo": "PPO",
+    "ppo_ptx": "PPO + mix",
+}
 
 # Panels of a run, in reading order: title, unit (a "share" is shown in percent), metrics and the labels of their lines.
 PANELS: list[tuple[str, str, dict[str, str]]] = [
     ("Loss", "nats", {"loss": "training", "eval/loss": "held out"}),
-    ("Accuracy of the reward model", "share of pairs", {"accuracy": "training", "eval/micro": "held out"}),
+    (
+        "Accuracy on preferences",
+        "share of pairs",
+        {"accuracy": "training", "eval/micro": "held out", "eval/accuracy": "held out"},
+    ),
     ("Score", "mean per response", {"objective/score": "score", "objective/rlhf_reward": "less KL cost"}),
     ("KL from the reference", "nats per response", {"objective/kl": "KL"}),
     ("Win rate", "share of prompts", {"eval/win_rate": "win rate"}),

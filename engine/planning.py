@@ -15,7 +15,7 @@ worst case is planned: every prompt of `max_prompt_tokens`, every response of `m
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -92,17 +92,19 @@ def plan(config: PPO) -> Plan:
     """
     with FakeTensorMode():
         policy = _outline(AutoModelForCausalLM, config.model, config)
-        judge = None
-        if config.reward_model:
-            judge = _outline(AutoModelForSequenceClassification, config.reward_model, config, num_labels=1)
+        reference = _outline(AutoModelForCausalLM, config.reference, config) if config.reference else policy
+        paths = [config.reward_model] if config.reward_model else config.reward_models
+        judges = [_outline(AutoModelForSequenceClassification, path, config, num_labels=1) for path in paths]
         try:
-            return Plan(tuple(part for part in _parts(config, policy, judge) if part.bytes))
+            return Plan(tuple(part for part in _parts(config, policy, reference, judges) if part.bytes))
         except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise Unplannable(f"plan: expected passes that run without data, got {config.model!r}: {reason}") from error
 
 
-def _parts(config: PPO, policy: PreTrainedModel, judge: PreTrainedModel | None) -> Iterator[Part]:
+def _parts(
+    config: PPO, policy: PreTrainedModel, reference: PreTrainedModel, judges: Sequence[PreTrainedModel]
+) -> Iterator[Part]:
     words, width = policy.get_output_embeddings().weight.shape
     batch, slots = config.rollouts_per_step, min(config.num_slots, config.rollouts_per_step)
     length = config.max_prompt_tokens + config.max_new_tokens
@@ -115,12 +117,12 @@ def _parts(config: PPO, policy: PreTrainedModel, judge: PreTrainedModel | None) 
     yield Part("policy", size, PHASES)
     yield Part("value head", 4 * (width + 1), PHASES)
     yield Part(f"Adam, {config.adam_bits} bits", moments + 8 * (width + 1), later)
-    yield Part("reference", size, home or ("examine",))
-    if judge is not None:
-        unread = judge.get_input_embeddings().weight.nbytes if config.device_type == "cpu" else 0
-        yield Part("reward model", _bytes(judge) - unread, home or ("score",))
+    yield Part("reference", _bytes(reference), home or ("examine",))
+    if judges:
+        unread = sum(j.get_input_embeddings().weight.nbytes for j in judges) if config.device_type == "cpu" else 0
+        yield Part("reward model", sum(map(_bytes, judges)) - unread, home or ("score",))
         yield Part("its embedding, once it is read", unread, later)
-        yield Part("pass of the reward model", _pass(judge, everyone), ("score",))
+        yield Part("pass of the reward model", max(_pass(judge, everyone) for judge in judges), ("score",))
     cache = slots * length * _bytes_of_a_token(policy)
     kept = config.cuda_graphs and config.device_type == "cuda"  # graphs were captured with its addresses
     cached = later if kept else ("generate",)
@@ -132,7 +134,7 @@ def _parts(config: PPO, policy: PreTrainedModel, judge: PreTrainedModel | None) 
     numbers = batch * (4 * length + 8 * config.max_new_tokens) * 8  # packed int64, and float32 of every response token
     yield Part("rollouts and experience", numbers, later)
     head = _block(micro, words, width, config)
-    yield Part("pass of the reference", max(_pass(policy, micro), head + _rows(micro, width, config)), ("examine",))
+    yield Part("pass of the reference", max(_pass(reference, micro), head + _rows(micro, width, config)), ("examine",))
     gradients = _bytes(policy) + 4 * (width + 1)
     yield Part("gradients", gradients, ("update",))
     several = batch > sequences * config.minibatches

@@ -105,6 +105,19 @@ def test_every_phase_is_the_sum_of_its_parts(box: Box) -> None:
     assert "reward model" not in parts(plan(config(box, reward_model="")))
 
 
+def test_every_frozen_model_is_planned(box: Box) -> None:
+    one, small = parts(plan(config(box))), parts(plan(config(box, reward_model=box["small_reward_model"])))
+    both = {"reward_model": "", "reward_models": (box["reward_model"], box["small_reward_model"])}
+    ensemble = parts(plan(config(box, **both)))
+    for name in ("reward model", "its embedding, once it is read"):
+        assert ensemble[name] == one[name] + small[name]
+    assert ensemble["pass of the reward model"] == max(found["pass of the reward model"] for found in (one, small))
+    smaller = parts(plan(config(box, reference=box["small_model"])))
+    assert smaller["policy"] == one["policy"]
+    assert smaller["reference"] < one["reference"]
+    assert smaller["pass of the reference"] < one["pass of the reference"]
+
+
 @pytest.mark.parametrize(
     ("change", "part", "factor"),
     [
