@@ -122,28 +122,35 @@ def _ragged(
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, softcap: float | None) -> Tensor:
     if softcap is not None:
         assert mask is not None, "softcapped attention is computed with an explicit mask"
-        return _softcapped(q, k, v, mask, scale, softcap)
+        return _explicit(q, k, v, mask, scale, softcap)
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=gqa)
 
 
 def _slots(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    """Heads of one group share their keys: as rows of one query they need no repeated keys."""
+    """Heads of one group share their keys: as rows of one query they need no repeated keys.
+
+    On a CPU two batched products take a third of the fused kernel's time where there are many rows and few keys, and as
+    much as it where there are many keys (benchmarks/NOTES.md); in half precision they do not.
+    """
     batch, heads, _, dim = q.shape
     groups = k.shape[1]
     q = q.reshape(batch, groups, heads // groups, dim)
-    if softcap is not None:
-        out = _softcapped(q, k, v, mask, scale, softcap)
+    if softcap is not None or (batch > 1 and q.dtype == torch.float32 and not q.is_cuda):
+        out = _explicit(q, k, v, mask, scale, softcap)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.reshape(batch, 1, heads, v.shape[-1])
 
 
-def _softcapped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
-    """Gemma 2's attention: softcap * tanh(scores / softcap) before the softmax; no fused kernel has it everywhere."""
+def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """Attention written out. Gemma 2 bounds its scores by softcap * tanh(scores / softcap), as no fused kernel does
+    everywhere."""
     if q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scores = torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap)) * softcap
+    scores = q @ k.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.models import MAX_LENGTH, PAD, VOCABULARY, ids, model
+from tests.models import ARCHITECTURES, MAX_LENGTH, PAD, VOCABULARY, ids, model
 from twinhead.engine.batch import Example, Packed, Rollout, pack
 from twinhead.engine.generate import generate, stream
 from twinhead.engine.policy import Policy
@@ -41,9 +41,7 @@ def greedy_by_transformers(architecture: str) -> list[list[int]]:
     return [stock.generate(row, **options)[0, row.shape[1] :].tolist() for row in rows]
 
 
-@pytest.mark.parametrize(
-    "architecture", ["llama", "qwen2", "qwen3", "mistral", "gpt2", "gemma", "gemma2", "gemma3_text", "opt"]
-)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_text_is_that_of_transformers(architecture: str) -> None:
     expected = greedy_by_transformers(architecture)
     made = policy(architecture)
@@ -71,7 +69,7 @@ def test_greedy_text_stops_where_that_of_transformers_does() -> None:
     assert rollout.response == expected
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral", "qwen3", "gemma2", "granite", "mixtral"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_generation_is_scoring(architecture: str, temperature: float) -> None:
     made = policy(architecture)

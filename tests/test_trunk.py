@@ -53,7 +53,7 @@ def test_the_neighbours_of_a_sequence_do_not_reach_it(architecture: str) -> None
     torch.testing.assert_close(middle, elsewhere, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2", "gemma2"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_slots_of_different_length_decode_what_the_full_pass_says(architecture: str) -> None:
     language_model = model(architecture)
     policy = Policy(language_model)
