@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -197,10 +198,13 @@ def play(trainer: str, work: Work) -> dict[str, Any]:
     """The trainers.Report of one process. Raises Missing as the process did, RuntimeError where it failed."""
     with tempfile.NamedTemporaryFile(suffix=".json") as report:
         command = [sys.executable, "-m", "benchmarks.trainers", trainer, report.name]
+        # transformers looks for accelerate, which TRL needs, when it is imported, and never again
+        needs = [str(TRL_TRAINER.folder / "needs")] if trainer == NAMES[THEIRS] else []
+        paths = os.pathsep.join([*needs, *filter(None, [os.environ.get("PYTHONPATH")])])
         try:
             ran = subprocess.run(
                 command, input=json.dumps(asdict(work)), cwd=ROOT, capture_output=True, check=False, text=True,
-                timeout=PATIENCE,
+                timeout=PATIENCE, env={**os.environ, "PYTHONPATH": paths},
             )  # fmt: skip
         except subprocess.TimeoutExpired as late:
             raise RuntimeError(f"no end after {PATIENCE:.0f} seconds") from late
