@@ -28,6 +28,7 @@ from twinhead.engine.policy import Policy
 from twinhead.engine.reference import Reference, response_logprobs
 from twinhead.engine.rows import source_name
 from twinhead.engine.run import Run
+from twinhead.engine.scorers import check_tokenizer
 from twinhead.engine.text import Text
 from twinhead.engine.trunk import check_fit, checkpoint_gradients, set_precision
 from twinhead.kernels import dpo_loss
@@ -134,10 +135,7 @@ def load_reference(run: Run, text: Text, examples: Sequence[Example], config: Co
     Raises ValueError when it does not read the policy's token ids.
     """
     path = config.reference or config.model
-    ours, theirs = text.tokenizer.get_vocab(), Text.from_pretrained(path).tokenizer.get_vocab()
-    if theirs != ours:
-        sizes = f"the policy's tokenizer ({len(ours)} tokens), got another one ({len(theirs)} tokens)"
-        raise ValueError(f"reference: expected {sizes} in {path!r}")
+    check_tokenizer(path, text, "reference")
     policy = Policy.from_pretrained(path, "none", config.torch_dtype, config.torch_device).requires_grad_(False).eval()
     set_precision(policy.model, config.dtype)
     check_fit(policy.model, examples)
