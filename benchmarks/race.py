@@ -6,8 +6,8 @@ import gc
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +38,18 @@ class Entrant:
     run: Run
     check: Callable[[], dict[str, float]]
     close: Callable[[], None] | None = None  # ends what runs on between calls; the next call starts it again
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """What runs on between calls is there within, and does not take its share of the machine from others after."""
+        if self.close is None:
+            yield
+            return
+        self.run()
+        try:
+            yield
+        finally:
+            self.close()
 
 
 Maker = Callable[[], Entrant]
@@ -130,7 +142,8 @@ def measure(case: Case, baseline: str, device: torch.device, seconds: float) -> 
     with ExitStack() as ends:
         for name, make in case.entrants(device).items():
             rows.append({"name": name} | _gated(name, make, passed, ends))
-        times = interleaved({name: who.run for name, who in passed.items()}, device, seconds=seconds, least=LEAST)
+        runs, awake = {name: who.run for name, who in passed.items()}, {name: who.awake for name, who in passed.items()}
+        times = interleaved(runs, device, seconds=seconds, least=LEAST, around=awake)
         ends.close()
         for row in rows:
             if (taken := times.get(row["name"])) is not None:
@@ -163,6 +176,8 @@ def _gated(name: str, make: Maker, passed: dict[str, Entrant], ends: ExitStack) 
         if entrant.close is not None:
             ends.callback(entrant.close)
         figures = entrant.check()
+        if entrant.close is not None:
+            entrant.close()
     except Missing as missing:
         return {"not_run": str(missing)}
     except Wrong as wrong:

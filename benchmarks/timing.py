@@ -9,12 +9,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 Run = Callable[[], object]
+Around = Callable[[], AbstractContextManager[object]]
 
 SAMPLE_SECONDS = 1e-3  # a sample on the CPU repeats a quick call until it lasts this long
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of mallopt(3)
@@ -47,15 +49,26 @@ def keep_freed_memory() -> None:
 
 
 def interleaved(
-    runs: Mapping[str, Run], device: torch.device, *, seconds: float, least: int = 5, most: int = 100
+    runs: Mapping[str, Run],
+    device: torch.device,
+    *,
+    seconds: float,
+    least: int = 5,
+    most: int = 100,
+    around: Mapping[str, Around] | None = None,
 ) -> dict[str, Times]:
     """Times every run once per round, for about `seconds` and between `least` and `most` rounds.
 
+    around: for runs that need it, what must be entered before their sample and left after it, neither of them timed.
     The order turns by one from round to round. On CUDA a sample is the device time between two events, after a write
     that leaves the second-level cache cold; it hides most of what the host does before the first kernel.
     """
     sample = _device_sample() if device.type == "cuda" else _host_sample
-    repeats = {name: _repeats(run, device) for name, run in runs.items()}
+    enter = {name: (around or {}).get(name, nullcontext) for name in runs}
+    repeats: dict[str, int] = {}
+    for name, run in runs.items():
+        with enter[name]():
+            repeats[name] = _repeats(run, device)
     samples: dict[str, list[float]] = {name: [] for name in runs}
     order, start, done = list(runs), time.perf_counter(), 0
     gc.collect()
@@ -63,7 +76,8 @@ def interleaved(
     try:
         while done < least or (done < most and time.perf_counter() - start < seconds):
             for name in order:
-                samples[name].append(sample(runs[name], repeats[name]))
+                with enter[name]():
+                    samples[name].append(sample(runs[name], repeats[name]))
             order = order[1:] + order[:1]
             done += 1
     finally:

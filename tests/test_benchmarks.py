@@ -6,9 +6,10 @@ import importlib.machinery
 import json
 import subprocess
 import sys
+import time
 import tomllib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -141,6 +142,21 @@ def test_rounds_are_interleaved_and_turn() -> None:
         "after the two calls that each had before the first round"
     )
     assert {t.rounds for t in times.values()} == {4}
+
+
+def test_what_stands_around_a_sample_is_not_timed() -> None:
+    @contextmanager
+    def slowly() -> Iterator[None]:
+        seen.append("in")
+        time.sleep(0.05)
+        yield
+        seen.append("out")
+
+    seen: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "SAMPLE_SECONDS", 0.0)
+        times = timing.interleaved({"a": lambda: seen.append("a")}, CPU, seconds=0, least=2, around={"a": slowly})
+    assert seen == ["in", "a", "a", "out", *["in", "a", "out"] * 2] and times["a"].median < 50.0
 
 
 def test_the_median_and_the_quartiles_are_in_milliseconds() -> None:

@@ -217,7 +217,18 @@ def test_who_has_no_time_says_why_and_everybody_is_closed() -> None:
     assert rows["absent"] == {"name": "absent", "not_run": "needs a GPU"}
     assert rows["twinhead"]["speedup"] is None, "its baseline has no time"
     assert {"close wrong", "close broken", "close ours"} <= set(log) and "run wrong" not in log
-    assert log[-1] == "close ours" and log.count("close ours") <= 2
+    assert log[-1] == "close ours"
+
+
+def test_what_runs_on_between_calls_does_not_run_while_others_are_timed() -> None:
+    log: list[str] = []
+    makers: dict[str, Maker] = {name: lambda name=name: entrant(log, name) for name in ("twinhead", "other")}
+    race.measure(Fake(makers), "other", CPU, seconds=0)
+    awake: set[str] = set()
+    for what, name in map(str.split, log):
+        (awake.add if what == "run" else awake.discard)(name)
+        assert len(awake) <= 1, f"{awake} ran side by side"
+    assert log.count("run other") > race.LEAST, "it was started outside of what is timed"
 
 
 def test_a_failure_of_ours_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
