@@ -28,7 +28,7 @@ LAYERS = """
     run evaluate report labeler reference best_of planning
     checkpoint generate scorers experience selection
     step
-    policy data optim docstrings
+    policy data optim docstrings diversity
     trunk
     weights graphs lora formats preferences
     cache
