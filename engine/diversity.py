@@ -17,7 +17,9 @@ from twinhead.engine.text import Words
 N = 2  # tokens of what is counted; an answer of fewer is counted as a whole
 
 
-def group_diversity(*, prompts: Sequence[Words], completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
+def group_diversity(
+    *, prompts: Sequence[Words], completion_ids: Sequence[Sequence[int]], **columns: Any
+) -> list[float]:
     """(S,) from 0 to 1: how little of each answer the answers to the same prompt repeat."""
     groups: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):

@@ -106,8 +106,10 @@ def normalise(
     model.mean += scores.mean().item()
     if config.normalisation == "mean_std":
         deviation = scores.std(correction=0).item()
-        if not deviation > 0:
-            raise ValueError(f"normalisation: expected demonstrations whose scores differ, got {deviation} of deviation")
+        if deviation <= 1e-6 * (1 + scores.abs().max().item()):  # equal ones may differ by rounding
+            raise ValueError(
+                f"normalisation: expected demonstrations whose scores differ, got a deviation of {deviation}"
+            )
         model.model.score.weight.div_(deviation)
         model.mean /= deviation
     scores = model_scores(model, [e for c in ranked for e in c.examples], config.tokens_per_micro).double()

@@ -10,16 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tests import toys
 from twinhead.engine import cli, data
+from twinhead.engine.batch import Rollout
 from twinhead.engine.config import hidden
 from twinhead.engine.evaluate import perplexity, reward_accuracy
 from twinhead.engine.policy import Policy, RewardModel
 from twinhead.engine.text import Text
 
 Box = dict[str, str]
+EMPTY = Rollout([], [], torch.zeros(0), None, True)
 
 
 @pytest.fixture(autouse=True)
