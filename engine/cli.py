@@ -160,8 +160,8 @@ def run_generate(config: GenerateConfig) -> None:
         Path(config.output).write_text("".join(lines), encoding="utf-8")
         return
     console = Console()
-    for answer in answers:
-        asked_and_answered = escape(f"{spoken(answer['prompt'])}\n{answer['completion']}\n")
+    for prompt, answer in zip(asked, answers, strict=True):
+        asked_and_answered = escape(f"{spoken(prompt.text)}\n{answer['completion']}\n")
         console.print(f"[bold]>[/] {asked_and_answered}", highlight=False, soft_wrap=True)
 
 

@@ -44,6 +44,8 @@ def train(config: Config) -> Run:
     if config.normalisation == "mean_std" and len(demonstrations) < 2:
         raise ValueError(f"normalisation: expected at least 2 demonstrations for mean_std, got {len(demonstrations)}")
     run.say(train_set.summary())
+    if config.epochs > 1:
+        run.say(f"epochs: {config.epochs}, where more than one overfits as a rule; watch eval/micro")
     model = load(run, config)
     set_precision(model.model, config.dtype)
     ranked = [example for comparison in [*train_set, *(eval_set or [])] for example in comparison.examples]

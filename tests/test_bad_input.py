@@ -393,6 +393,7 @@ def test_a_wrong_source_of_rewards_is_named(
     [
         (["--learnin_rate", "1"], "unknown option 'learnin_rate', did you mean 'learning_rate'?"),
         (["--learnin-rate=1"], "unknown option 'learnin_rate', did you mean 'learning_rate'?"),
+        (["--top_p", "0.9"], "unknown option 'top_p'"),  # a filter would sample from another policy than learns
         (["--zzz", "1"], "unknown option 'zzz'; the options are output_dir, seed, device, "),
         (["--config"], "--config: expected the path of a YAML file, got nothing"),
         (

@@ -33,7 +33,7 @@ LAYERS = """
     weights graphs lora formats preferences
     cache
     attention
-    losses text mismatch sampling flash adam
+    losses text mismatch sampling flash adam milestones
     rows curves options
     config metrics batch pictures page templates residence memory
 """

@@ -216,9 +216,26 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return toys.box(tmp_path_factory.mktemp("box"))
 
 
+def test_no_ranking_sees_a_constant(checkpoint: Checkpoint) -> None:
+    assert RewardModel.from_language_model(checkpoint("llama")).model.score.bias is None
+    ranks = torch.tensor(RANKS)
+    for loss in (losses.kwise, losses.plackett_luce):
+        torch.testing.assert_close(loss(scored() + 7.5, ranks, CU_GROUPS), loss(scored(), ranks, CU_GROUPS))
+
+
 def test_a_reward_model_learns_from_whole_rankings(box: dict[str, str], tmp_path: Path) -> None:
     _, found = trained(box, tmp_path / "run", loss="listwise")
     assert found["eval/micro"] > 0.98
+
+
+def test_more_than_one_epoch_is_warned_of(
+    box: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for epochs, warned in ((1, False), (2, True)):
+        trained(box, tmp_path / f"{epochs}", epochs=epochs)
+        assert (f"epochs: {epochs}, where more than one overfits" in capsys.readouterr().err) == warned
+        steps = [line["step"] for line in toys.metrics(tmp_path / f"{epochs}") if "eval/micro" in line]
+        assert steps == [12, 24][:epochs]
 
 
 def test_centring_keeps_raw_scores_near_zero(box: dict[str, str], tmp_path: Path) -> None:
