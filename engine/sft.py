@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from twinhead.engine import data, losses, options, weights
@@ -25,7 +26,7 @@ from twinhead.engine.trunk import check_fit, checkpoint_gradients, set_precision
 Config = options.SFT
 PretrainConfig = options.Pretrain
 # The share of a micro-batch in the loss of its optimizer step, of so many targets and so many sequences that have some.
-REDUCTIONS: dict[str, Callable[[Tensor, Packed, int, int], Tensor]] = {
+REDUCTIONS: dict[str, Callable[[Tensor, Packed, int, Tensor], Tensor]] = {
     "token_mean": lambda nll, packed, num_targets, num_sequences: nll.sum() / num_targets,
     "seq_mean": lambda nll, packed, num_targets, num_sequences: (
         losses.sequence_means(nll, packed.cu_rows).sum() / num_sequences
@@ -84,7 +85,7 @@ def update(policy: Policy, optimizer: Optimizer, batch: Sequence[Example], confi
     lengths = [len(example.prompt) + len(example.response) for example in batch]
     micros = [pack(m, policy.device) for m in micro_batches(batch, lengths, config.tokens_per_micro)]
     num_targets = sum(packed.num_targets for packed in micros)
-    num_sequences = sum(int((packed.cu_rows.diff() > 0).sum()) for packed in micros)
+    num_sequences = torch.stack([(packed.cu_rows.diff() > 0).sum() for packed in micros]).sum()  # stays on the device
     sums = Sums()
     for packed in micros:
         nll = -policy(packed, entropy=False).logprobs  # (R,)
