@@ -19,11 +19,11 @@ from tyro.conf import Suppress
 
 from twinhead.engine import data, demo, dpo, grpo, ppo, report, reward, scorers, sft
 from twinhead.engine.config import Source, check, parse
-from twinhead.engine.evaluate import perplexity, reward_accuracy, win_rate
+from twinhead.engine.evaluate import accuracies, perplexity, win_rate
 from twinhead.engine.generate import generate
 from twinhead.engine.policy import Policy, RewardModel
 from twinhead.engine.sampling import Sampling
-from twinhead.engine.text import Text
+from twinhead.engine.text import Text, spoken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +34,21 @@ class GenerateConfig(Sampling):
     stop_sequences: Suppress[tuple[tuple[int, ...], ...]] = ()
     bootstrap: Suppress[bool] = False  # there is no critic
     model: str
-    prompt: str = ""  # one prompt as text
+    prompt: str = ""  # one prompt as plain text
+    instruction: str = ""  # one instruction, spelled by the template that the checkpoint was taught with
+    input: str = ""  # what the instruction is about
     prompts: Source = ""  # rows with a prompt
     output: str = ""  # JSONL file to write instead of the terminal
     max_prompt_tokens: int = 1024
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, prompts=(bool(self.prompt) != bool(self.prompts), "either --prompt or --prompts"))
+        given = sum(map(bool, (self.prompt, self.instruction, self.prompts)))
+        check(
+            self,
+            prompts=(given == 1, "one of --prompt, --instruction and --prompts"),
+            input=(bool(self.instruction) or not self.input, "nothing without --instruction"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +147,7 @@ def run_generate(config: GenerateConfig) -> None:
     if not Path(config.output).parent.is_dir():
         raise ValueError(f"output: expected a file in a folder that exists, got {config.output!r}")
     text = Text.from_pretrained(config.model)
-    rows = [{"prompt": config.prompt}] if config.prompt else config.prompts
-    asked = data.prompts(rows, text, config.max_prompt_tokens)
+    asked = data.prompts(requests(config), text, config.max_prompt_tokens)
     policy = Policy.from_pretrained(config.model, critic="none")
     sampling = Sampling(**{name: getattr(config, name) for name in Sampling.__dataclass_fields__})
     rollouts = generate(policy, [p.tokens for p in asked], sampling)
@@ -154,9 +160,16 @@ def run_generate(config: GenerateConfig) -> None:
         Path(config.output).write_text("".join(lines), encoding="utf-8")
         return
     console = Console()
-    for answer in answers:
-        asked_and_answered = escape(f"{answer['prompt']}\n{answer['completion']}\n")
+    for prompt, answer in zip(asked, answers, strict=True):
+        asked_and_answered = escape(f"{spoken(prompt.text)}\n{answer['completion']}\n")
         console.print(f"[bold]>[/] {asked_and_answered}", highlight=False, soft_wrap=True)
+
+
+def requests(config: GenerateConfig) -> Source:
+    """The rows to answer."""
+    if config.instruction:
+        return [{"instruction": config.instruction, "input": config.input}]
+    return [{"prompt": config.prompt}] if config.prompt else config.prompts
 
 
 def run_evaluate(config: EvaluateConfig) -> None:
@@ -172,8 +185,8 @@ def run_evaluate(config: EvaluateConfig) -> None:
             found = perplexity(policy, read(source, text, config.max_length))
             results |= {f"{name}/loss": found.loss, f"{name}/ppl": found.ppl}
     if judge is not None and config.comparisons:
-        accuracy = reward_accuracy(judge, data.comparisons(config.comparisons, text, config.max_length))
-        results |= {f"reward/{name}": value for name, value in asdict(accuracy).items()}
+        accuracy = accuracies(judge, data.comparisons(config.comparisons, text, config.max_length))
+        results |= {f"reward/{name}": value for name, value in accuracy.items()}
     if policy is not None and judge is not None and config.baseline:
         asked = data.prompts(config.prompts, text, config.max_length)
         tokens = [p.tokens for p in asked]

@@ -28,6 +28,12 @@ class Comparison:
     margin: float = 0.0  # how much better a better answer must score
     labeler: str = ""  # who ranked them; empty: unknown
 
+    def pairs(self) -> list[Comparison]:
+        """Every pair that the ranking decides, as a comparison of its own: the better answer, then the worse."""
+        k = range(len(self.ranks))
+        decided = [(i, j) for i in k for j in k if self.ranks[i] < self.ranks[j]]
+        return [Comparison([self.examples[i], self.examples[j]], [0, 1], self.margin, self.labeler) for i, j in decided]
+
 
 @dataclass(frozen=True, slots=True)
 class Unpaired:

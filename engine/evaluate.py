@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 import torch
@@ -61,6 +61,9 @@ class Ranked(Protocol):
     @property
     def margin(self) -> float: ...
 
+    @property
+    def labeler(self) -> str: ...
+
 
 @dataclass(frozen=True, slots=True)
 class RewardAccuracy:
@@ -90,6 +93,15 @@ def reward_accuracy(model: RewardModel, comparisons: Sequence[Ranked], tokens_pe
         macro=(right[decided] / of[decided]).mean().item(),
         loss=torch.cat(loss)[decided].double().mean().item(),
     )
+
+
+def accuracies(model: RewardModel, comparisons: Sequence[Ranked], tokens_per_micro: int = MICRO) -> dict[str, float]:
+    """reward_accuracy() by the names of its fields, and as `labeler/<id>` its micro accuracy on those of a labeler."""
+    found = asdict(reward_accuracy(model, comparisons, tokens_per_micro))
+    for name in sorted({c.labeler for c in comparisons} - {""}):
+        theirs = [c for c in comparisons if c.labeler == name]
+        found[f"labeler/{name}"] = reward_accuracy(model, theirs, tokens_per_micro).micro
+    return found
 
 
 def score_groups(model: RewardModel, comparisons: Sequence[Ranked]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -15,6 +15,14 @@ from torch import Tensor
 from twinhead.engine.batch import segment_ids, segment_sum
 from twinhead.kernels import gae, kl_estimate
 
+# -- demonstrations ----------------------------------------------------------------------------------------------------
+
+
+def sequence_means(per_token: Tensor, cu_rows: Tensor) -> Tensor:
+    """(S,): the mean of (R,) over the tokens of every sequence, 0 for one that has none."""
+    return segment_sum(per_token, cu_rows) / cu_rows.diff().clamp(min=1)
+
+
 # -- reward model ------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from twinhead.engine.config import RunConfig, Source, check
 
 RANKING_LOSSES = ("pairwise", "listwise")
+REDUCTIONS = ("token_mean", "seq_mean", "sum")
+NORMALISATIONS = ("mean", "mean_std")
 ENSEMBLES = ("mean", "min", "mean_std")
 LOSSES = ("sigmoid", "robust", "hinge", "ipo", "ipo_mean", "kto")
 CLIPS = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "rloo": (0.2, 0.2), "gspo": (3e-4, 4e-4)}
@@ -31,6 +33,9 @@ class SFT(RunConfig):
     """Sequences of one optimizer step."""
     max_length: int = 1024
     """Tokens of a row; a longer response is cut on the right."""
+    reduction: str = "token_mean"
+    """The loss of an optimizer step: token_mean over its targets, seq_mean over its sequences of their own means, or
+    the sum."""
     template: str = ""
     """How conversations are written, here and wherever the checkpoint goes: plain, alpaca, short, roles, tags, dialogue
     or a .jinja file; empty: the tokenizer's own chat template, or plain if it has none."""
@@ -43,6 +48,7 @@ class SFT(RunConfig):
             steps=(self.steps >= 0, "at least 0 (0: as many as the epochs have)"),
             batch_size=(self.batch_size >= 1, "at least 1"),
             max_length=(self.max_length >= 2, "at least 2"),
+            reduction=(self.reduction in REDUCTIONS, f"one of {', '.join(REDUCTIONS)}"),
         )
 
 
@@ -77,6 +83,11 @@ class Reward(RunConfig):
     """pairwise (all pairs of a ranking, Bradley-Terry) or listwise (the ranking as a whole, Plackett-Luce)."""
     centring_coef: float = 0.0
     """Weight of the mean square of a pair's sum of scores, which keeps scores near 0."""
+    normalisation: str = "mean"
+    """mean: the demonstrations score 0 on average; mean_std: and their scores deviate by 1 (Ziegler et al. 2019)."""
+    flatten_pairs: bool = False
+    """An ablation: the pairs of a ranking are shuffled apart, and batch_size counts pairs. It overfits (Ouyang et al.
+    2022, section 3.5)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,6 +98,7 @@ class Reward(RunConfig):
             max_length=(self.max_length >= 2, "at least 2"),
             loss=(self.loss in RANKING_LOSSES, f"one of {', '.join(RANKING_LOSSES)}"),
             centring_coef=(0 <= self.centring_coef < math.inf, "at least 0"),
+            normalisation=(self.normalisation in NORMALISATIONS, f"one of {', '.join(NORMALISATIONS)}"),
         )
 
 
@@ -155,7 +167,8 @@ class PPO(RunConfig):
     reward_models: tuple[str, ...] = ()  # instead of it an ensemble of several, each score over its model's spread
     ensemble: str = "mean"  # mean, min or mean_std (less ensemble_coef standard deviations) over the reward_models
     ensemble_coef: float = 1.0
-    reward_functions: tuple[str, ...] = ()  # file.py:function, each f(prompts, completions, **columns) -> list[float]
+    # file.py:function, each f(prompts, completions, **columns) -> list[float]; or group_diversity, batch_diversity
+    reward_functions: tuple[str, ...] = ()
     reward_weights: tuple[float, ...] = ()  # of the reward model (if any) and then each function; empty: all 1
     output_dir: str = "runs/ppo"
     learning_rate: float = 1e-6
@@ -249,7 +262,7 @@ class GRPO(RunConfig):
     reward_model: str = ""
     """Checkpoint folder of a reward model."""
     reward_functions: tuple[str, ...] = ()
-    """file.py:function, each f(prompts, completions, **columns) -> list[float]."""
+    """file.py:function, each f(prompts, completions, **columns) -> list[float]; or group_diversity, batch_diversity."""
     reward_weights: tuple[float, ...] = ()
     """Of the reward model (if any) and then each function; empty: all 1."""
     process_function: str = ""

@@ -29,6 +29,8 @@ COLOURS = {
     "reward": ("#a8508a", "#de8fbf"),
     "ppo": ("#c85200", "#f0813a"),
     "ppo_ptx": ("#00805e", "#2fc39a"),
+    "dpo": ("#4d7300", "#a3c24f"),
+    "grpo": ("#b3264a", "#f2849c"),
     "gold": ("#9a6a00", "#e6a817"),
 }
 WIDTH, HEIGHT = 4.4, 3.0  # inches of one panel

@@ -14,7 +14,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from twinhead.engine import curves, page, pictures
+from twinhead.engine import curves, milestones, page, pictures
 from twinhead.engine.config import RunConfig
 from twinhead.engine.curves import FAMILIES, MANY, PANELS, Log, finite, stage
 from twinhead.engine.page import Html
@@ -85,6 +85,7 @@ def write_run(folder: Path) -> Path:
         f"{stage(log.stage)[0]}: {'/'.join(folder.resolve().parts[-2:])}",
         page.element("p", f"{log.records[-1]['step']} steps.", _versions(log.versions)),
         page.section("Options", _options(chosen), page.details("All options", _options(others))),
+        page.section("Milestones", *_milestones(log)),
         page.section(
             "Learning curves",
             _figure("curves", main, caption),
@@ -273,6 +274,11 @@ def _last_values(log: Log, names: Sequence[str]) -> Html:
     last = {name: record for record in log.records for name in names if name in record}
     rows = [[name, number(finite(last[name][name])), str(last[name]["step"])] for name in names]
     return page.table(("metric", "value", "at step"), rows)
+
+
+def _milestones(log: Log) -> list[Html]:
+    heads, rows = milestones.table(log)
+    return [page.table(heads, rows), page.element("p", milestones.NOTE, class_="notes")] if rows else []
 
 
 def _costs(log: Log) -> list[Html]:

@@ -7,14 +7,13 @@ shuffled apart would repeat every response K-1 times an epoch, and overfit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import torch
 
 from twinhead.engine import data, losses, options
 from twinhead.engine.batch import Example, micro_batches
 from twinhead.engine.data import Comparison, Order
-from twinhead.engine.evaluate import reward_accuracy, score_groups
+from twinhead.engine.evaluate import accuracies, score_groups
 from twinhead.engine.metrics import Sums
 from twinhead.engine.optim import Optimizer
 from twinhead.engine.policy import RewardModel
@@ -42,24 +41,30 @@ def train(config: Config) -> Run:
         if config.demonstrations
         else [c.examples[c.ranks.index(min(c.ranks))] for c in train_set]
     )
+    if config.normalisation == "mean_std" and len(demonstrations) < 2:
+        raise ValueError(f"normalisation: expected at least 2 demonstrations for mean_std, got {len(demonstrations)}")
     run.say(train_set.summary())
+    if config.epochs > 1:
+        run.say(f"epochs: {config.epochs}, where more than one overfits as a rule; watch eval/micro")
     model = load(run, config)
     set_precision(model.model, config.dtype)
     ranked = [example for comparison in [*train_set, *(eval_set or [])] for example in comparison.examples]
     check_fit(model.model, [*ranked, *demonstrations])
     if config.gradient_checkpointing:
         checkpoint_gradients(model.model)
-    order = Order(len(train_set), config.batch_size, config.seed)
+    elements = [pair for c in train_set for pair in c.pairs()] if config.flatten_pairs else train_set
+    order = Order(len(elements), config.batch_size, config.seed)
     total = order.steps(config.epochs)
     optimizer = Optimizer(model, config, total)
     run.track(model, text, optimizer=optimizer)
 
     for step in run.steps(total):
         with run.timed("update"):
-            stats = update(model, optimizer, [train_set[i] for i in order.batch(step - 1)], config)
+            stats = update(model, optimizer, [elements[i] for i in order.batch(step - 1)], config)
         if eval_set is not None and (step == total or order.epoch(step) > order.epoch(step - 1)):
             with run.timed("evaluate"):
-                stats |= {f"eval/{name}": value for name, value in measure(model, eval_set, config).items()}
+                measured = accuracies(model, eval_set, config.tokens_per_micro)
+                stats |= {f"eval/{name}": value for name, value in measured.items()}
         if step == total:
             stats |= normalise(model, demonstrations, train_set[:REFERENCES], config)
         run.log(step, stats, note=f"accuracy {stats['accuracy']:.2f}")
@@ -89,23 +94,26 @@ def update(model: RewardModel, optimizer: Optimizer, batch: Sequence[Comparison]
     return sums.take() | optimizer.step()
 
 
-def measure(model: RewardModel, comparisons: Sequence[Comparison], config: Config) -> dict[str, float]:
-    """Accuracy and pairwise loss on held-out comparisons, and `labeler/<id>`: micro accuracy on those of a labeler."""
-    found = asdict(reward_accuracy(model, comparisons, config.tokens_per_micro))
-    for name in sorted({c.labeler for c in comparisons} - {""}):
-        theirs = [c for c in comparisons if c.labeler == name]
-        found[f"labeler/{name}"] = reward_accuracy(model, theirs, config.tokens_per_micro).micro
-    return found
-
-
+@torch.no_grad()
 def normalise(
     model: RewardModel, demonstrations: Sequence[Example], ranked: Sequence[Comparison], config: Config
 ) -> dict[str, float]:
     """Shift the scores so that demonstrations average 0, and note how far answers to one prompt lie apart.
 
+    With mean_std also scale them, in the head itself, so that those of demonstrations have a standard deviation of 1.
     Returns the raw mean that became 0, and the spread: the root mean square of scores around their prompt's mean.
+    Raises ValueError where a scale is asked for and all demonstrations score the same.
     """
-    model.mean += model_scores(model, demonstrations, config.tokens_per_micro).double().mean().item()
+    scores = model_scores(model, demonstrations, config.tokens_per_micro).double()
+    model.mean += scores.mean().item()
+    if config.normalisation == "mean_std":
+        deviation = scores.std(correction=0).item()
+        if deviation <= 1e-6 * (1 + scores.abs().max().item()):  # equal ones may differ by rounding
+            raise ValueError(
+                f"normalisation: expected demonstrations whose scores differ, got a deviation of {deviation}"
+            )
+        model.model.score.weight.div_(deviation)
+        model.mean /= deviation
     scores = model_scores(model, [e for c in ranked for e in c.examples], config.tokens_per_micro).double()
     around = [group - group.mean() for group in scores.split([len(c.examples) for c in ranked])]
     model.spread = torch.cat(around).square().mean().sqrt().item()

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from twinhead.engine import diversity
 from twinhead.engine.batch import Rollout, TokenSequence, micro_batches, pack
 from twinhead.engine.policy import RewardModel
 from twinhead.engine.text import Text
@@ -202,10 +203,17 @@ def _ask(
 
 
 def load_function(spec: str, option: str = "reward_functions") -> Callable[..., Any]:
-    """The function that `path/to/file.py:name` spells. Raises ValueError, naming the option, where there is none."""
+    """The function that `path/to/file.py:name` spells, or the name of one in diversity.SHIPPED.
+
+    Raises ValueError, naming the option, where there is none.
+    """
+    shipped = diversity.SHIPPED if option == "reward_functions" else {}
+    if spec in shipped:
+        return shipped[spec]
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
-        raise ValueError(f"{option}: expected file.py:function with an existing file, got {spec!r}")
+        expected = " or ".join(["file.py:function with an existing file", *shipped])
+        raise ValueError(f"{option}: expected {expected}, got {spec!r}")
     module_spec = importlib.util.spec_from_file_location(f"reward_functions_{Path(path).stem}", path)
     assert module_spec is not None and module_spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(module_spec)

@@ -10,7 +10,7 @@ import zlib
 
 from twinhead.engine import data, formats
 from twinhead.engine.rows import Row, Source, Unusable, column, source_name, stream
-from twinhead.engine.text import Words
+from twinhead.engine.text import spoken
 
 
 def distinct(source: Source, prefix: int) -> list[Row]:
@@ -26,18 +26,12 @@ def distinct(source: Source, prefix: int) -> list[Row]:
         known = formats.recognised(row)
         try:
             native = known.convert(row) if known else row
-            kept.setdefault(_spoken(data.prompt_of(native))[:prefix], native)
+            kept.setdefault(spoken(data.prompt_of(native))[:prefix], native)
         except Unusable:
             continue
         except ValueError as error:
             raise ValueError(f"{source_name(source)} row {number}: {error}{formats.hint(row)}") from error
     return list(kept.values())
-
-
-def _spoken(prompt: Words) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def split(source: Source, user: str, share: float) -> tuple[list[Row], list[Row]]:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from twinhead.engine import data, options, weights
-from twinhead.engine.batch import Example, micro_batches, pack
+import torch
+from torch import Tensor
+
+from twinhead.engine import data, losses, options, weights
+from twinhead.engine.batch import Example, Packed, micro_batches, pack
 from twinhead.engine.config import Source
 from twinhead.engine.data import Loaded, Order
 from twinhead.engine.evaluate import perplexity
@@ -22,6 +25,14 @@ from twinhead.engine.trunk import check_fit, checkpoint_gradients, set_precision
 
 Config = options.SFT
 PretrainConfig = options.Pretrain
+# The share of a micro-batch in the loss of its optimizer step, of so many targets and so many sequences that have some.
+REDUCTIONS: dict[str, Callable[[Tensor, Packed, int, Tensor], Tensor]] = {
+    "token_mean": lambda nll, packed, num_targets, num_sequences: nll.sum() / num_targets,
+    "seq_mean": lambda nll, packed, num_targets, num_sequences: (
+        losses.sequence_means(nll, packed.cu_rows).sum() / num_sequences
+    ),
+    "sum": lambda nll, packed, num_targets, num_sequences: nll.sum(),
+}
 
 
 def train(config: Config) -> Run:
@@ -70,14 +81,15 @@ def _fit(
 
 
 def update(policy: Policy, optimizer: Optimizer, batch: Sequence[Example], config: Config) -> dict[str, float]:
-    """One optimizer step on the token mean over the whole batch, however it is cut into micro-batches."""
+    """One optimizer step on the loss of the whole batch, however it is cut into micro-batches."""
     lengths = [len(example.prompt) + len(example.response) for example in batch]
     micros = [pack(m, policy.device) for m in micro_batches(batch, lengths, config.tokens_per_micro)]
     num_targets = sum(packed.num_targets for packed in micros)
+    num_sequences = torch.stack([(packed.cu_rows.diff() > 0).sum() for packed in micros]).sum()  # stays on the device
     sums = Sums()
     for packed in micros:
         nll = -policy(packed, entropy=False).logprobs  # (R,)
-        loss = nll.sum() / num_targets
+        loss = REDUCTIONS[config.reduction](nll, packed, num_targets, num_sequences)
         loss.backward()
         sums.add({"loss": loss})
     return sums.take() | optimizer.step() | {"num_targets": num_targets}

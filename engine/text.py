@@ -215,6 +215,13 @@ def check_messages(messages: Sequence[Message]) -> None:
                 raise ValueError(f"message {number}: expected {key} to be text, got {kind(message[key])}")
 
 
+def spoken(asked: Words) -> str:
+    """What was said, for people: plain text as it is, a conversation as lines of `role: content`."""
+    if isinstance(asked, str):
+        return asked
+    return "\n".join(f"{message['role']}: {message['content']}" for message in asked)
+
+
 def words(value: Any, column: str) -> Words:
     """A column's text as it is, or its list of messages, checked. Raises ValueError naming the column."""
     if isinstance(value, list):

@@ -370,9 +370,9 @@ def test_grpo_gives_up_on_scores_that_are_no_numbers(
     [
         ({"reward_functions": ()}, "expected a reward_model or at least one reward function, got neither"),
         ({"reward_functions": ("{wrong}/nowhere.py:f",)}, "reward_functions: expected file.py:function with an "
-         "existing file, got '{wrong}/nowhere.py:f'"),
-        ({"reward_functions": ("goodness",)}, "reward_functions: expected file.py:function with an existing file, got "
-         "'goodness'"),
+         "existing file or group_diversity or batch_diversity, got '{wrong}/nowhere.py:f'"),
+        ({"reward_functions": ("goodness",)}, "reward_functions: expected file.py:function with an existing file or "
+         "group_diversity or batch_diversity, got 'goodness'"),
         ({"reward_functions": ("{syntax_py}:f",)}, "reward_functions: {syntax_py} cannot be imported (invalid syntax"),
         ({"reward_functions": ("{imports_py}:f",)}, "reward_functions: {imports_py} cannot be imported (No module"),
         ({"reward_weights": (1.0, 2.0)}, "reward_weights: expected one per source (goodness), got [1.0, 2.0]"),
@@ -393,6 +393,7 @@ def test_a_wrong_source_of_rewards_is_named(
     [
         (["--learnin_rate", "1"], "unknown option 'learnin_rate', did you mean 'learning_rate'?"),
         (["--learnin-rate=1"], "unknown option 'learnin_rate', did you mean 'learning_rate'?"),
+        (["--top_p", "0.9"], "unknown option 'top_p'"),  # a filter would sample from another policy than learns
         (["--zzz", "1"], "unknown option 'zzz'; the options are output_dir, seed, device, "),
         (["--config"], "--config: expected the path of a YAML file, got nothing"),
         (
@@ -499,8 +500,19 @@ def unboxed(text: str) -> str:
         (["ppo"], ["--model", "--prompts", "--steps", "required"]),
         (["sft", "--model", "m", "--data", "d", "--steps", "many"], ["--steps", "many"]),
         (["sft", "--model", "m", "--data", "d", "word"], ["word"]),
-        (["generate", "--model", "m"], ["expected either --prompt or --prompts"]),
-        (["generate", "--model", "m", "--prompt", "one", "--prompts", "p"], ["expected either --prompt or --prompts"]),
+        (["generate", "--model", "m"], ["expected one of --prompt, --instruction and --prompts"]),
+        (
+            ["generate", "--model", "m", "--prompt", "one", "--prompts", "p"],
+            ["expected one of --prompt, --instruction and --prompts"],
+        ),
+        (
+            ["generate", "--model", "m", "--instruction", "one", "--prompt", "p"],
+            ["expected one of --prompt, --instruction and --prompts"],
+        ),
+        (
+            ["generate", "--model", "m", "--prompt", "one", "--input", "two"],
+            ["input: expected nothing without --instruction, got 'two'"],
+        ),
         (
             ["generate", "--model", "m", "--prompt", "one", "--top_p", "2"],
             ["top_p: expected above 0 and at most 1, got 2.0"],

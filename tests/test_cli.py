@@ -10,16 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tests import toys
 from twinhead.engine import cli, data
+from twinhead.engine.batch import Rollout
 from twinhead.engine.config import hidden
 from twinhead.engine.evaluate import perplexity, reward_accuracy
 from twinhead.engine.policy import Policy, RewardModel
 from twinhead.engine.text import Text
 
 Box = dict[str, str]
+EMPTY = Rollout([], [], torch.zeros(0), None, True)
 
 
 @pytest.fixture(autouse=True)
@@ -174,9 +177,27 @@ def test_generate_prints_brackets_as_they_are(box: Box, capsys: pytest.CaptureFi
 def test_generate_reads_conversations(trained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = [{"prompt": [{"role": "user", "content": "one two"}]}]
     path = toys.write(tmp_path / "asked.jsonl", asked)
-    assert "'content': 'one two'" in run(
-        capsys, "generate", "--model", trained, "--prompts", path, "--max_new_tokens", "2"
-    )
+    printed = run(capsys, "generate", "--model", trained, "--prompts", path, "--max_new_tokens", "2")
+    assert printed.startswith("> user: one two\n")
+
+
+@pytest.mark.parametrize("template", ["short", "alpaca"])
+def test_generate_spells_an_instruction_as_it_was_taught(
+    template: str, box: Box, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught = tmp_path / "taught"
+    row = {"instruction": "one two", "input": "five", "output": "two"}
+    toys.train("sft", box, taught, data=[row], eval_data="", template=template, max_length=64, steps=1)
+    asked: list[list[int]] = []
+    monkeypatch.setattr(cli, "generate", lambda policy, prompts, sampling: asked.extend(prompts) or [EMPTY])
+    words = ["generate", "--model", str(taught), "--instruction", "one two"]
+    text = Text.from_pretrained(taught)
+    for given in (["--input", "five"], []):
+        asked.clear()
+        assert run(capsys, *words, *given).startswith("> user: one two\n" + "\nfive\n" * bool(given))
+        trained = data.demonstrations([row if given else row | {"input": ""}], text, 64)
+        assert asked == [trained[0].prompt]
+    assert asked != [text.prompt("one two")]
 
 
 def test_generate_looks_for_its_output_folder_first(
@@ -213,6 +234,16 @@ def test_evaluate_measures_a_reward_model(box: Box, capsys: pytest.CaptureFixtur
     model, text = RewardModel.from_pretrained(box["reward_model"]), Text.from_pretrained(box["reward_model"])
     expected = reward_accuracy(model, data.comparisons(box["ranked"], text, 1024))
     assert found == pytest.approx({f"reward/{name}": x for name, x in dataclasses.asdict(expected).items()}, abs=1e-4)
+
+
+def test_evaluate_tells_the_labelers_apart(box: Box, capsys: pytest.CaptureFixture[str]) -> None:
+    found = measured(run(capsys, "evaluate", "--reward_model", box["reward_model"], "--comparisons", box["conflict"]))
+    ann, other = found["reward/labeler/ann"], found["reward/labeler/7"]
+    rows = [json.loads(line) for line in Path(box["conflict"]).read_text().splitlines()]
+    model, text = RewardModel.from_pretrained(box["reward_model"]), Text.from_pretrained(box["reward_model"])
+    for accuracy, theirs in ((ann, rows[::2]), (other, rows[1::2])):
+        assert accuracy == pytest.approx(reward_accuracy(model, data.comparisons(theirs, text, 1024)).micro, abs=1e-4)
+    assert ann != other
 
 
 def test_evaluate_holds_a_contest(trained: str, box: Box, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -579,31 +578,6 @@ def test_the_checkpoint_keeps_its_template(taught: str, tmp_path: Path) -> None:
     assert [prompt.tokens for prompt in asked] == [example.prompt for example in seen[:2]]
     command(["reward", "--model", taught, "--data", str(FIXTURES / "shp.jsonl")], tmp_path / "reward")
     assert Text.from_pretrained(tmp_path / "reward").tokenizer.chat_template == TEMPLATES["short"]
-
-
-@pytest.mark.parametrize(("reader", "name"), [case for case in GOLDEN if case[0] is not unpaired])
-def test_every_command_reads_its_formats(
-    reader: Any, name: str, taught: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = str(FIXTURES / f"{name}.jsonl")
-    if reader is demonstrations:
-        command(["sft", "--model", taught, "--data", path, "--steps", "1"], tmp_path / "run")
-        command(["evaluate", "--model", taught, "--data", path])
-    elif reader is comparisons:
-        command(["reward", "--model", taught, "--data", path], tmp_path / "run")
-        command(["evaluate", "--reward_model", str(tmp_path / "run"), "--comparisons", path])
-    else:
-        command(["generate", "--model", taught, "--prompts", path, "--max_new_tokens", "1",
-                 "--output", str(tmp_path / "answers.jsonl")])  # fmt: skip
-        answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-        assert len(answers) == len(PROMPTS[name])
-        (tmp_path / "rewards.py").write_text(toys.REWARDS)
-        words = ["--steps", "1", "--rollouts_per_step", "2", "--minibatches", "1", "--max_new_tokens", "2"]
-        rewards = ["--reward_functions", f"{tmp_path / 'rewards.py'}:shortness"]
-        command(["ppo", "--model", taught, "--prompts", path, *words, *rewards], tmp_path / "run")
-    printed = capsys.readouterr()
-    if reader is not prompts and any(known.name == name for known in formats.FORMATS):
-        assert f"of {name}" in printed.err
 
 
 # -- selection ---------------------------------------------------------------------------------------------------------

@@ -28,12 +28,12 @@ LAYERS = """
     run evaluate report labeler reference best_of planning
     checkpoint generate scorers experience selection
     step
-    policy data optim docstrings
+    policy data optim docstrings diversity
     trunk
     weights graphs lora formats preferences
     cache
     attention
-    losses text mismatch sampling flash adam
+    losses text mismatch sampling flash adam milestones
     rows curves options
     config metrics batch pictures page templates residence memory
 """
@@ -367,7 +367,7 @@ def test_dead_options_are_seen() -> None:
 def test_no_file_names_a_machine() -> None:
     files = [
         path
-        for folder in ("engine", "kernels", "csrc", "benchmarks", "tests", ".ci")
+        for folder in ("engine", "kernels", "csrc", "benchmarks", "tests", "docs", ".ci")
         for path in ROOT.glob(f"{folder}/**/*")
     ]
     files += [path for path in ROOT.iterdir() if path.name != ".git"]

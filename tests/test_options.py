@@ -56,6 +56,7 @@ RUN = {
     "tensorboard": Turn(True, "files"),
 }
 ASKED = [{"instruction": "one two", "output": "two two"}]
+UNEVEN = [{"prompt": "one", "completion": words, "text": words} for words in ("two", "two four six eight")]
 VOTED = [{"prompt": "one", "chosen": "good", "rejected": "bad", "score_ratio": ratio} for ratio in (3.0, 1.5)]
 TWO = ("{reward_model}", "{small_reward_model}")
 LABELLED = {"loss": "kto", "data": "{unpaired}", "eval_data": "{labelled}"}
@@ -67,6 +68,7 @@ FIT = {
     "steps": Turn(2, "metrics"),
     "batch_size": Turn(8, "metrics"),
     "max_length": Turn(4, "metrics"),
+    "reduction": Turn("seq_mean", "weights", {"data": UNEVEN}),
     "template": Turn("alpaca", "metrics", {"data": ASKED, "max_length": 64}),
 }
 TURNS: dict[str, dict[str, Turn]] = {
@@ -84,6 +86,8 @@ TURNS: dict[str, dict[str, Turn]] = {
         "min_score_ratio": Turn(2.0, "metrics", {"data": VOTED}),
         "loss": Turn("listwise", "weights"),
         "centring_coef": Turn(1.0, "weights"),
+        "normalisation": Turn("mean_std", "weights"),
+        "flatten_pairs": Turn(True, "passes"),
     },
     "ppo": RUN
     | {

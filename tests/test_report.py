@@ -20,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from twinhead.engine import curves, page, pictures, ppo, report
+from twinhead.engine import curves, milestones, page, pictures, ppo, report
 from twinhead.engine.curves import BINS, MANY
 from twinhead.engine.pictures import COLOURS, Curves, Level, Line, number, over_optimisation, spread
 from twinhead.engine.run import Run
@@ -170,6 +170,48 @@ def test_a_run_is_told_whole(tmp_path: Path) -> None:
     assert "Peak memory of the process: 725 MB." in read.text
     assert re.search(r"update 18\.8 0\.75 75% generate 6\.25 0\.25 25% together 25\.0 1\.00 100%", read.text)
     assert not [link for link in read.links if not link.startswith("#")]
+
+
+def test_epochs_have_their_losses_and_perplexity(tmp_path: Path) -> None:
+    """The table of an SFT run: training loss over the epoch, held-out loss and PPL at its end."""
+    ends = [(1.75, 5.75), (1.52, 4.57), (1.58, 4.86)]
+    records = [{"loss": loss} for loss in (1.90, 1.82, 1.74, 1.5, 1.4, 1.45, 1.3, 1.2, 1.13)]
+    for record, (loss, ppl) in zip(records[2::3], ends, strict=True):
+        record |= {"eval/loss": loss, "eval/ppl": ppl}
+    folder = write_log(tmp_path, "sft", records)
+    heads, rows = milestones.table(curves.read(folder))
+    assert heads == ["step", "epoch", "training loss", "held-out loss", "PPL"]
+    assert rows == [
+        ["3", "1", "1.82", "1.75", "5.75"],
+        ["6", "2", "1.45", "1.52", "4.57"],
+        ["9", "3", "1.21", "1.58", "4.86"],
+    ]
+    assert "step epoch training loss held-out loss PPL 3 1 1.82 1.75 5.75" in Reader(report.write_run(folder)).text
+
+
+def test_evaluations_of_ppo_are_rows(tmp_path: Path) -> None:
+    heads, rows = milestones.table(curves.read(write_log(tmp_path, "ppo", tuning(4.55))))
+    assert heads == ["step", "score", "gold", "KL, nats", "win rate", "distinct", "ended", "LM loss", "PPL"]
+    assert [row[0] for row in rows] == ["5", "10", "15", "20", "25"]
+    assert rows[-1] == ["25", "2.50", "3.95", "9.00", "90% (85% to 94%)", "70%", "95%", "4.55", "12.0"]
+
+
+def test_a_run_without_evaluations_has_a_few_rows_of_means(tmp_path: Path) -> None:
+    """Length, endings and variety are watched also where nobody evaluates."""
+    records = [
+        {"objective/score": float(i), "objective/kl": 1.0, "rollout/length_mean": 7.0, "rollout/eos_rate": 0.5}
+        for i in range(40)
+    ]
+    records[3]["objective/score"] = None
+    heads, rows = milestones.table(curves.read(write_log(tmp_path / "long", "grpo", records)))
+    assert heads == ["step", "score", "KL, nats", "length", "ended"]
+    assert [row[0] for row in rows] == [str(4 * k) for k in range(1, 11)]
+    assert rows[0] == ["4", "1.00", "1.00", "7.00", "50%"]
+    assert rows[1][1] == "5.50"
+    short = milestones.table(curves.read(write_log(tmp_path / "short", "grpo", records[:3])))[1]
+    assert [row[:2] for row in short] == [["1", "0.00"], ["2", "1.00"], ["3", "2.00"]]
+    assert milestones.table(curves.read(write_log(tmp_path / "novel", "novel", [{"x": 1.0}]))) == ([], [])
+    assert "Milestones" not in Reader(report.write_run(tmp_path / "novel")).text
 
 
 def test_panels_fit_the_stage(tmp_path: Path) -> None:

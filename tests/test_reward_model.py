@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from itertools import combinations, permutations
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -17,10 +17,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from tests import toys
 from tests.models import ARCHITECTURES, EOS, PAD, ids, tiny
-from twinhead.engine import data, losses
+from twinhead.engine import data, losses, reward
 from twinhead.engine.batch import Example, pack
 from twinhead.engine.evaluate import reward_accuracy
 from twinhead.engine.policy import Policy, RewardModel
+from twinhead.engine.scorers import model_scores
 from twinhead.engine.text import Text
 from twinhead.engine.trunk import packed_pass
 
@@ -215,9 +216,26 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return toys.box(tmp_path_factory.mktemp("box"))
 
 
+def test_no_ranking_sees_a_constant(checkpoint: Checkpoint) -> None:
+    assert RewardModel.from_language_model(checkpoint("llama")).model.score.bias is None
+    ranks = torch.tensor(RANKS)
+    for loss in (losses.kwise, losses.plackett_luce):
+        torch.testing.assert_close(loss(scored() + 7.5, ranks, CU_GROUPS), loss(scored(), ranks, CU_GROUPS))
+
+
 def test_a_reward_model_learns_from_whole_rankings(box: dict[str, str], tmp_path: Path) -> None:
     _, found = trained(box, tmp_path / "run", loss="listwise")
     assert found["eval/micro"] > 0.98
+
+
+def test_more_than_one_epoch_is_warned_of(
+    box: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for epochs, warned in ((1, False), (2, True)):
+        trained(box, tmp_path / f"{epochs}", epochs=epochs)
+        assert (f"epochs: {epochs}, where more than one overfits" in capsys.readouterr().err) == warned
+        steps = [line["step"] for line in toys.metrics(tmp_path / f"{epochs}") if "eval/micro" in line]
+        assert steps == [12, 24][:epochs]
 
 
 def test_centring_keeps_raw_scores_near_zero(box: dict[str, str], tmp_path: Path) -> None:
@@ -250,6 +268,69 @@ def test_the_spread_is_that_of_answers_to_one_prompt(box: dict[str, str], tmp_pa
             squares += [(score - sum(scores) / len(scores)) ** 2 for score in scores]
     assert model.spread == found["spread"] == pytest.approx(math.sqrt(sum(squares) / len(squares)), rel=1e-4)
     assert model.spread != 1.0
+
+
+def test_demonstrations_may_be_given_a_deviation_of_1(box: dict[str, str], tmp_path: Path) -> None:
+    """The lm-human-preferences rule, gain = 1 / std and bias = -gain * mean; the order of answers stays."""
+    (plain, before), (scaled, found) = (
+        trained(box, tmp_path / name, demonstrations=box["demonstrations"], normalisation=name)
+        for name in ("mean", "mean_std")
+    )
+    shown = data.demonstrations(box["demonstrations"], Text.from_pretrained(box["model"]), 16)
+    scores, unscaled = (model_scores(model, shown, 10_000).double() for model in (scaled, plain))
+    assert scores.mean().item() == pytest.approx(0.0, abs=1e-5)
+    assert scores.std(correction=0).item() == pytest.approx(1.0, abs=1e-5)
+    deviation = unscaled.std(correction=0).item()
+    torch.testing.assert_close(scores, unscaled / deviation, rtol=1e-4, atol=1e-5)
+    assert found["spread"] == pytest.approx(before["spread"] / deviation, rel=1e-4)
+    assert found["eval/micro"] == before["eval/micro"]
+    again = RewardModel.from_pretrained(tmp_path / "mean_std")
+    assert torch.equal(model_scores(again, shown, 10_000).double(), scores)
+
+
+def test_a_deviation_needs_demonstrations_that_differ(box: dict[str, str], tmp_path: Path) -> None:
+    row = {"prompt": "one", "completion": "good"}
+    with pytest.raises(ValueError, match=r"^normalisation: expected at least 2 demonstrations for mean_std, got 1$"):
+        trained(box, tmp_path / "one", demonstrations=[row], normalisation="mean_std")
+    with pytest.raises(ValueError, match=r"^normalisation: expected demonstrations whose scores differ, got a dev"):
+        trained(box, tmp_path / "two", demonstrations=[row, row], normalisation="mean_std")
+
+
+# -- the ablation ------------------------------------------------------------------------------------------------------
+
+
+def test_flattened_pairs_are_comparisons_of_their_own() -> None:
+    examples = [Example([4], [i]) for i in range(4)]
+    pairs = data.Comparison(examples, [1, 0, 1, 2], 0.5, "ann").pairs()
+    assert [[e.response[0] for e in pair.examples] for pair in pairs] == [[0, 3], [1, 0], [1, 2], [1, 3], [2, 3]]
+    assert {(tuple(pair.ranks), pair.margin, pair.labeler) for pair in pairs} == {((0, 1), 0.5, "ann")}
+
+
+def test_flattened_pairs_are_shuffled_apart(
+    box: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole rankings: K forwards of a prompt in one step. Flattened: two for each pair, in any step of the epoch."""
+    rows = [{"prompt": word, "completions": ["good", "bad", "bad good"], "ranks": [0, 2, 1]} for word in toys.COUNT]
+    seen: list[list[int]] = []
+    update = reward.update
+
+    def spy(model: RewardModel, optimizer: Any, batch: Any, config: Any) -> dict[str, float]:
+        seen.append([e.prompt[-1] for c in batch for e in c.examples])
+        return update(model, optimizer, batch, config)
+
+    monkeypatch.setattr(reward, "update", spy)
+    for flatten, forwards in ((False, 3), (True, 6)):
+        seen.clear()
+        trained(box, tmp_path / f"{flatten}", data=rows, batch_size=3, flatten_pairs=flatten)
+        prompts = sorted({prompt for step in seen for prompt in step})
+        assert [sum(step.count(prompt) for step in seen) for prompt in prompts] == [forwards] * len(rows)
+        assert flatten == any(sum(prompt in step for step in seen) > 1 for prompt in prompts)
+
+
+def test_pairs_are_as_flat_as_can_be(box: dict[str, str], tmp_path: Path) -> None:
+    pairs = [{"prompt": word, "chosen": "good", "rejected": "bad"} for word in toys.COUNT]
+    (_, whole), (_, flat) = (trained(box, tmp_path / f"{f}", data=pairs, flatten_pairs=f) for f in (False, True))
+    assert whole == flat
 
 
 def test_members_are_trained_by_their_seeds(box: dict[str, str], tmp_path: Path) -> None:

@@ -315,7 +315,8 @@ def test_a_function_is_loaded_from_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spec", ["rewards.py", "nowhere.py:score", "score", "", ":", "tests:score", "rewards:score"])
 def test_what_spells_no_function_is_refused(spec: str) -> None:
-    with pytest.raises(ValueError, match=r"reward_functions: expected file.py:function with an existing file, got "):
+    expected = "file.py:function with an existing file or group_diversity or batch_diversity"
+    with pytest.raises(ValueError, match=f"^reward_functions: expected {expected}, got "):
         load_function(spec)
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests import toys
 from twinhead.engine import ppo, sft
 from twinhead.engine.batch import Example, Rollout, pack
-from twinhead.engine.data import documents
+from twinhead.engine.data import demonstrations, documents
 from twinhead.engine.evaluate import perplexity
 from twinhead.engine.generate import generate
 from twinhead.engine.policy import Policy, RewardModel
@@ -80,6 +80,52 @@ def test_fine_tuning_falls_to_its_floor(box: Box, tmp_path: Path) -> None:
     assert mean(losses[LAST]) < 0.02
     assert column(run.dir, "eval/loss")[-1] < 0.02
     assert len(column(run.dir, "eval/loss")) == 13  # 12 whole epochs of 4 batches, and the last step
+
+
+def test_held_out_rows_are_measured_where_an_epoch_ends(box: Box, tmp_path: Path) -> None:
+    """40 rows in batches of 16: three steps an epoch. The last epoch is cut, and measured all the same."""
+    run = toys.train("sft", box, tmp_path / "run", epochs=3, steps=8, batch_size=16)
+    lines = toys.metrics(run.dir)
+    assert [line["step"] for line in lines if "eval/loss" in line] == [3, 6, 8]
+    for line in lines[2::3]:
+        assert line["eval/ppl"] == pytest.approx(math.exp(line["eval/loss"]))
+    text = Text.from_pretrained(run.dir)
+    held_out = perplexity(Policy.from_pretrained(run.dir, "none"), demonstrations(box["heldout"], text, 16))
+    assert held_out.loss == pytest.approx(lines[-1]["eval/loss"], rel=1e-6)
+
+
+PPO_LOG = """
+    objective/kl objective/kl_token objective/kl_coef objective/score objective/score_std objective/rlhf_reward
+    objective/non_score_reward policy/approx_kl policy/approx_kl_k3 policy/clipfrac policy/ratio_mean policy/ratio_max
+    policy/first_ratio_gap policy/entropy policy/grad_norm policy/pg_loss policy/vf_loss policy/vf_clipfrac
+    policy/learning_rate policy/num_updates value/explained_variance value/mean returns/mean returns/std adv/mean
+    adv/abs_mean rollout/length_mean rollout/eos_rate rollout/distinct mismatch/mean mismatch/max score/goodness
+"""
+GRPO_LOG = """
+    objective/score objective/score_std objective/kl policy/approx_kl policy/approx_kl_k3 policy/ref_kl policy/clipfrac
+    policy/ratio_mean policy/ratio_max policy/first_ratio_gap policy/entropy policy/grad_norm policy/loss adv/abs_mean
+    rollout/length_mean rollout/eos_rate rollout/distinct rollout/groups rollout/flat_groups mismatch/mean
+"""
+
+
+@pytest.mark.parametrize(("stage", "names", "given"), [("ppo", PPO_LOG, {}), ("grpo", GRPO_LOG, {"beta": 0.1})])
+def test_every_line_of_the_log_has_the_names(
+    stage: str, names: str, given: dict[str, Any], box: Box, tmp_path: Path
+) -> None:
+    """Who reads a log relies on them. `kl` is that from the reference, `approx_kl` that from the sampler."""
+    for line in toys.metrics(toys.train(stage, box, tmp_path / "run", **given).dir):
+        assert set(names.split()) <= line.keys(), set(names.split()) - line.keys()
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_later_passes_are_taken_to_the_same_behaviour(stage: str, box: Box, tmp_path: Path) -> None:
+    """The stored log-probs stay through all epochs: 1 at first, and something else once the policy has moved."""
+    found = [
+        toys.metrics(toys.train(stage, box, tmp_path / f"{n}", steps=1, epochs=n, minibatches=1).dir)[0] for n in (1, 3)
+    ]
+    assert all(line["policy/first_ratio_gap"] < 1e-5 for line in found)
+    assert found[0]["policy/ratio_max"] == pytest.approx(1.0, abs=1e-5)
+    assert found[1]["policy/ratio_max"] > 1.001
 
 
 def test_the_reward_model_learns_the_rule(box: Box, tmp_path: Path) -> None:
@@ -313,6 +359,11 @@ def test_the_kl_coefficient_moves_towards_its_target(target: float, box: Box, tm
     assert coefs[0] == 0.05
     for before, after, kl in zip(coefs, coefs[1:], kls, strict=False):
         assert after == pytest.approx(before * (1 + min(max(kl / target - 1, -0.2), 0.2) * 8 / 20))
+
+
+def test_without_a_target_the_kl_coefficient_stays(box: Box, tmp_path: Path) -> None:
+    run = toys.train("ppo", box, tmp_path / "run", steps=4, kl_coef=0.07)
+    assert column(run.dir, "objective/kl_coef") == [0.07] * 4
 
 
 def test_a_high_kl_coefficient_holds_the_policy_back(box: Box, tmp_path: Path) -> None:

@@ -43,6 +43,31 @@ def test_packed_sequences_equal_separate_ones(architecture: str) -> None:
     torch.testing.assert_close(scored.entropy, -(expected.exp() * expected).sum(-1), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_token_changes_nothing_before_it(architecture: str) -> None:
+    policy = Policy(model(architecture))
+    changed = list(SEQUENCES[3])
+    place = len(changed) // 2
+    changed[place] = 4 if changed[place] != 4 else 5
+    with torch.no_grad():
+        before, after = (policy.logits(policy.hidden(pack([Example([], s)]))) for s in (SEQUENCES[3], changed))
+    torch.testing.assert_close(after[:place], before[:place], atol=1e-5, rtol=1e-5)
+    assert (after[place] - before[place]).abs().max() > 1e-3
+
+
+def test_shapes() -> None:
+    """Four sequences of 30 tokens: (T,) ids, (T, H) hidden states, (R,) numbers; (R, V) logits when they are asked."""
+    policy = Policy(model("gpt2"))
+    width, words = policy.model.config.hidden_size, policy.model.config.vocab_size
+    packed = pack([Example(sequence[:10], sequence[10:]) for sequence in ids((30,) * 4)])
+    hidden, scored = policy.hidden(packed), policy(packed)
+    assert packed.tokens.shape == packed.positions.shape == (4 * 30,)
+    assert hidden.shape == (4 * 30, width)
+    assert packed.rows.shape == packed.targets.shape == (4 * 20,)
+    assert scored.logprobs.shape == scored.entropy.shape == scored.values.shape == (4 * 20,)
+    assert policy.logits(hidden[packed.rows]).shape == (4 * 20, words)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "mixtral"])
 def test_the_neighbours_of_a_sequence_do_not_reach_it(architecture: str) -> None:
     policy = Policy(model(architecture))

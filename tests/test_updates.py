@@ -49,16 +49,21 @@ def policy(architecture: str = "llama", critic: str = "shared", **changes: Any) 
     return made
 
 
-def sft_gradients(tokens_per_micro: int) -> tuple[list[Gradients], dict[str, float]]:
-    """One update on responses of very different lengths, one of them with holes and one with nothing to learn."""
+def demonstrations() -> list[Example]:
+    """Responses of very different lengths, one of them with holes and one with nothing to learn."""
     responses = ids((9, 1, 14, 3, 6, 2, 8, 4), seed=1)
     batch = [Example(p, r) for p, r in zip(PROMPTS, responses, strict=True)]
     batch[2] = Example(PROMPTS[2], responses[2], [i % 3 == 0 for i in range(len(responses[2]))])
     batch[4] = Example(PROMPTS[4], responses[4], [False] * len(responses[4]))
+    return batch
+
+
+def sft_gradients(tokens_per_micro: int, reduction: str = "token_mean") -> tuple[list[Gradients], dict[str, float]]:
+    """One update on demonstrations()."""
     trained = policy(critic="none")
     recorder = Recorder(trained)
-    config = sft.Config(model="m", data="d", tokens_per_micro=tokens_per_micro)
-    stats = sft.update(trained, recorder, batch, config)
+    config = sft.Config(model="m", data="d", tokens_per_micro=tokens_per_micro, reduction=reduction)
+    stats = sft.update(trained, recorder, demonstrations(), config)
     return recorder.taken, stats
 
 
@@ -109,7 +114,33 @@ def reward_gradients(tokens_per_micro: int) -> tuple[list[Gradients], dict[str, 
 Update = Callable[[int], tuple[list[Gradients], dict[str, float]]]
 
 
-@pytest.mark.parametrize("update", [sft_gradients, ppo_gradients, reward_gradients])
+def seq_mean_gradients(tokens_per_micro: int) -> tuple[list[Gradients], dict[str, float]]:
+    return sft_gradients(tokens_per_micro, "seq_mean")
+
+
+def sum_gradients(tokens_per_micro: int) -> tuple[list[Gradients], dict[str, float]]:
+    return sft_gradients(tokens_per_micro, "sum")
+
+
+@pytest.mark.parametrize("reduction", sft.REDUCTIONS)
+def test_a_reduction_is_what_its_name_says(reduction: str) -> None:
+    """Against one example after the other, in lists; the one that has nothing to learn counts nowhere."""
+    with torch.no_grad():
+        nll = [-policy(critic="none")(pack([example])).logprobs.double() for example in demonstrations()]
+    some = [example for example in nll if len(example)]
+    assert len(some) == len(nll) - 1
+    expected = {
+        "token_mean": sum(example.sum() for example in some) / sum(map(len, some)),
+        "seq_mean": sum(example.mean() for example in some) / len(some),
+        "sum": sum(example.sum() for example in some),
+    }
+    assert len({round(value.item(), 4) for value in expected.values()}) == 3
+    for tokens_per_micro in (10_000, 30):
+        _, stats = sft_gradients(tokens_per_micro, reduction)
+        assert stats["loss"] == pytest.approx(expected[reduction].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("update", [sft_gradients, seq_mean_gradients, sum_gradients, ppo_gradients, reward_gradients])
 @pytest.mark.parametrize("tokens_per_micro", [60, 30, 1])
 def test_the_micro_batch_size_changes_no_gradient(update: Update, tokens_per_micro: int) -> None:
     (whole, measured), (cut, remeasured) = update(10_000), update(tokens_per_micro)
