@@ -124,7 +124,7 @@ class Sorting:
             sft.Config(
                 model=self.path("empty"), data=shown,
                 output_dir=self.path("sft"), seed=self.seed, steps=self.length.sft_steps, batch_size=128, max_length=32,
-                learning_rate=3e-3, schedule="cosine", warmup_ratio=0.05, adam_beta2=0.95, weight_decay=0.01,
+                learning_rate=3e-3, schedule="cosine", warmup_ratio=0.05, adam_beta2=0.95, weight_decay=0.01, save_every=300,
             )
         )  # fmt: skip
 
@@ -137,7 +137,7 @@ class Sorting:
                 output_dir=self.path(name), seed=self.seed, steps=steps, loss=loss, beta=0.02,
                 prompts_per_step=32, group_size=8, learning_rate=3e-4, adam_eps=1e-5,
                 max_prompt_tokens=self.length.digits + 2, max_new_tokens=self.length.digits + 2,
-                eval_every=eval_every, save_every=50,
+                eval_every=eval_every, save_every=10,
             ),
             reward_funcs=[right], evaluate=self.accuracy,
         )  # fmt: skip
