@@ -36,14 +36,14 @@ TRUSTED, HACKABLE = "reward", "weak"
 class Budget:
     """What an arm may spend. The second half is for rehearsals on a smaller task."""
 
-    steps: int = 30  # of 256 generated and scored answers and 16 optimizer steps (PPO, GRPO)
+    steps: int = 20  # of 256 generated and scored answers and 16 optimizer steps (PPO, GRPO)
     answers: int = 256
-    every: int = 3  # steps between two contests
+    every: int = 2  # steps between two contests
     prompts: int = 256  # of a contest
-    learning_rate: float = 2e-4
+    learning_rate: float = 3e-4
     best_of: tuple[int, ...] = (1, 4, 16, 64)
-    passes: tuple[tuple[str, int], ...] = ((TRUSTED, 1), (HACKABLE, 20))  # of DPO over the rankings of a reward model
-    rounds: int = 3  # of refresh
+    passes: tuple[tuple[str, int], ...] = ((TRUSTED, 1), (HACKABLE, 12))  # of DPO over the rankings of a reward model
+    rounds: int = 4  # of refresh
     demonstrations: int = 400 * 128
     labels: tuple[tuple[str, Labels], ...] = ((TRUSTED, HEALTHY), (HACKABLE, WEAK))
 
@@ -169,8 +169,8 @@ def with_dpo(trial: Trial, name: str, judge: str, **options: Any) -> list[Point]
     rankings, passes = f"{judge}.jsonl", dict(trial.budget.passes)[judge]
     total = passes * -(-len(rows.rows(trial.task.path(rankings))) // size)
     config = dpo.Config(
-        **trial.asked_for(name) | options, data=trial.task.path(rankings), epochs=passes, batch_size=size,
-        max_length=32, save_every=max(1, total // 10), keep_checkpoints=12,
+        **trial.asked_for(name) | {"learning_rate": 2e-4} | options, data=trial.task.path(rankings), epochs=passes,
+        batch_size=size, max_length=32, save_every=max(1, total // 10), keep_checkpoints=12,
     )  # fmt: skip
     found = checkpoint.found(dpo.train(config).dir)
     told = [(step, contest(Policy.from_pretrained(found[step], critic="none"))) for step in sorted(found)]
@@ -302,11 +302,11 @@ CRITICS = {
     "ppo": Arm("shared", METHODS["ppo"].train),
     "critic_detached": Arm("detached", partial(with_ppo, judge=TRUSTED, kl_coef=0.05, critic="detached")),
     "critic_branch": Arm(
-        "branch (1 of 2 layers)", partial(with_ppo, judge=TRUSTED, kl_coef=0.05, critic="branch", branch_layers=1)
+        "branch (1 layer)", partial(with_ppo, judge=TRUSTED, kl_coef=0.05, critic="branch", branch_layers=1)
     ),
-    "critic_separate": Arm("separate, from SFT", partial(with_ppo, judge=TRUSTED, kl_coef=0.05, critic="separate")),
+    "critic_separate": Arm("separate (SFT)", partial(with_ppo, judge=TRUSTED, kl_coef=0.05, critic="separate")),
     "critic_separate_rm": Arm(
-        "separate, from the reward model",
+        "separate (reward m.)",
         partial(with_ppo, judge=TRUSTED, kl_coef=0.05, critic="separate", value_init="reward_model"),
     ),
 }
