@@ -33,6 +33,7 @@ from benchmarks.gallery import Found
 from benchmarks.machine import surroundings
 from benchmarks.quality import fall
 from benchmarks.readme import filled
+from benchmarks.trainers import PHASES
 from twinhead.engine.checkpoint import write_file
 
 SPENT = {
@@ -183,7 +184,7 @@ def costs(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = _head(("critic", "weights trained", "a step", "generate + examine + update", "peak memory, MiB"))
     for row in rows:
         phases = row["milliseconds"]
-        parts = " + ".join(f"{phases[name]:,.0f}" for name in critics.PHASES)
+        parts = " + ".join(f"{phases[name]:,.0f}" for name in PHASES)
         trained, whole = f"{row['trained'] / 1e6:.1f} M", f"{sum(phases.values()):,.0f} ms"
         lines.append(_line(row["critic"], trained, whole, parts + " ms", f"{row['peak_bytes'] / 2**20:,.0f}"))
     return lines
