@@ -108,7 +108,7 @@ def methods(arms: Found) -> list[str]:
             lines.append(_line(arm.title, ABSENT, *[""] * (len(heads) - 2)))
         elif name == "best_of":
             for i, point in enumerate(next(iter(seeds.values()))):
-                spent = f"{point['step']} answers scored for each one given, no training"
+                spent = f"{point['step']} scored for each answer that is given, nothing trained"
                 lines.append(_line(f"best of {point['step']}", spent, *_numbers(_at(seeds, i))))
         else:
             last = _at(seeds, -1)
@@ -237,7 +237,8 @@ def _spread(points: Sequence[Mapping[str, float]], key: str, digits: int = 2) ->
     if not values:
         return "–"
     mean, low, high = (
-        f"{value:.{digits}f}".replace("-", "−") for value in (sum(values) / len(values), min(values), max(values))
+        f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")  # no minus before a zero
+        for value in (sum(values) / len(values), min(values), max(values))
     )
     return mean if len(values) == 1 else f"{mean} ({low} to {high})"
 

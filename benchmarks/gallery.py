@@ -1,4 +1,4 @@
-"""The pictures of the comparison: every seed as a thin line or a dot, their mean as a thick one."""
+"""The pictures of the comparison: every seed as a line or a dot, and their mean as a thicker line where x is shared."""
 
 from __future__ import annotations
 
@@ -30,8 +30,14 @@ class Bundle:
 
     @property
     def mean(self) -> list[tuple[float, float]]:
-        """Point by point over the seeds, up to the shortest curve."""
-        return [tuple(np.mean(points, axis=0)) for points in zip(*self.seeds, strict=False)]
+        """Over the seeds at every x; none where they differ in x, as policies do in how far they went."""
+        at = {tuple(x for x, _ in points) for points in self.seeds}
+        return [tuple(np.mean(points, axis=0)) for points in zip(*self.seeds, strict=True)] if len(at) == 1 else []
+
+    @property
+    def end(self) -> float:
+        """The mean over seeds of the last y."""
+        return float(np.mean([points[-1][1] for points in self.seeds]))
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,18 @@ class Paths:
         """Draw all bundles, then scales and labels."""
         for bundle in self.bundles:
             shade = COLOURS[bundle.colour][0]
+            mean, marker = bundle.mean, "o" if self.dots else None
+            width, alpha = (0.8, 0.45) if mean else (1.3, 0.8)
             for points in bundle.seeds:
-                axes.plot(*zip(*points, strict=True), color=shade, linewidth=0.8, alpha=0.45, zorder=2)
-            mean = bundle.mean
-            axes.plot(
-                *zip(*mean, strict=True), color=shade, linewidth=2.0, marker="o" if self.dots else None, markersize=4,
-                solid_capstyle="round", zorder=2.5,
-            )  # fmt: skip
+                x, y = zip(*points, strict=True)
+                axes.plot(
+                    x, y, color=shade, linewidth=width, alpha=alpha, marker=None if mean else marker, markersize=2.5
+                )
+            if mean:
+                x, y = zip(*mean, strict=True)
+                axes.plot(
+                    x, y, color=shade, linewidth=2.0, marker=marker, markersize=4, solid_capstyle="round", zorder=2.5
+                )
         if self.level is not None:
             axes.axhline(self.level, color=COLOURS["muted"][0], linewidth=1.0, linestyle=(0, (4, 3)), zorder=1.5)
         axes.margins(x=0.03, y=0.08)
@@ -90,7 +101,7 @@ class Paths:
     def _label(self, axes: Axes) -> None:
         low, high = axes.get_ylim()
         per_unit = 72 * (HEIGHT - TOP - BOTTOM) / (high - low)
-        ends = [(min(max(bundle.mean[-1][1], low), high), bundle) for bundle in self.bundles]
+        ends = [(min(max(bundle.end, low), high), bundle) for bundle in self.bundles]
         wanted = [y * per_unit for y, _ in ends]
         for (y, bundle), height, place in zip(ends, wanted, spread(wanted, LINE_HEIGHT), strict=True):
             axes.annotate(

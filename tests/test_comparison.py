@@ -47,7 +47,7 @@ def test_methods_say_what_they_spent(found: Found) -> None:
     assert lines[3].startswith("| PPO, kl_coef 0.05 | 3,072 answers scored, 192 updates |")
     assert lines[5].startswith("| DPO, beta 0.1 | the reward model's rankings, 192 updates |")
     assert [line.split(" | ")[0] for line in lines[6:]] == ["| best of 1", "| best of 4", "| best of 16"]
-    assert "16 answers scored for each one given" in lines[-1]
+    assert "16 scored for each answer that is given" in lines[-1]
 
 
 def test_optimisation_tells_the_maximum_and_the_end(found: Found) -> None:
@@ -107,6 +107,9 @@ def test_pictures_are_drawn_of_what_there_is(found: Found, tmp_path: Path) -> No
     assert gallery.main({}, tmp_path) == []
     bundle = gallery.frontier(found).panels[1].bundles[0]
     assert bundle.mean == [(0, pytest.approx(0.2)), (5, pytest.approx(1.3)), (10, pytest.approx(-4))]
+    assert bundle.end == pytest.approx(-4)
+    apart = gallery.Bundle("PPO", "ppo", [[(0, 0.2), (5, 1.5)], [(0, 0.2), (6, 1.1)]])
+    assert apart.mean == [] and apart.end == pytest.approx(1.3)
 
 
 def test_the_command_fills_the_page_and_can_be_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
