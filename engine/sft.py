@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from twinhead.engine import data, options, weights
-from twinhead.engine.batch import Example, micro_batches, pack
+from twinhead.engine import data, options, ranks, weights
+from twinhead.engine.batch import Example, pack
 from twinhead.engine.config import Source
 from twinhead.engine.data import Loaded, Order
 from twinhead.engine.evaluate import perplexity
@@ -17,6 +17,7 @@ from twinhead.engine.metrics import Sums
 from twinhead.engine.optim import Optimizer
 from twinhead.engine.policy import Policy
 from twinhead.engine.run import Run
+from twinhead.engine.shares import micro_batches
 from twinhead.engine.text import Text
 from twinhead.engine.trunk import check_fit, checkpoint_gradients, set_precision
 
@@ -73,7 +74,7 @@ def update(policy: Policy, optimizer: Optimizer, batch: Sequence[Example], confi
     """One optimizer step on the token mean over the whole batch, however it is cut into micro-batches."""
     lengths = [len(example.prompt) + len(example.response) for example in batch]
     micros = [pack(m, policy.device) for m in micro_batches(batch, lengths, config.tokens_per_micro)]
-    num_targets = sum(packed.num_targets for packed in micros)
+    num_targets = ranks.total(sum(packed.num_targets for packed in micros))
     sums = Sums()
     for packed in micros:
         nll = -policy(packed, entropy=False).logprobs  # (R,)
