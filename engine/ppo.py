@@ -222,7 +222,7 @@ def mix_in(policy: Policy, mix: Sequence[Example], number: int, config: Config) 
     packed = pack([blocks[i] for i in own], policy.device)
     num_targets = ranks.total(packed.num_targets)
     if not own:  # there are more ranks than blocks
-        return torch.zeros(())
+        return torch.zeros((), device=policy.device)
     loss = -policy(packed, entropy=False).logprobs.sum() / num_targets
     (config.ptx_coef * loss).backward()
     return loss.detach()

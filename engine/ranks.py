@@ -50,7 +50,8 @@ def join(device_type: str) -> None:
     if device_type == "cuda":
         own, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if own >= found:
-            raise ValueError(f"device: expected a GPU for every process of this machine, got {found} for more")
+            local = os.environ.get("LOCAL_WORLD_SIZE", asked())
+            raise ValueError(f"device: expected a GPU for every process of this machine, got {found} for {local}")
         torch.cuda.set_device(own)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=PATIENCE)

@@ -44,8 +44,12 @@ class Reference:
         table = _read(folder / FILE, fingerprint)
         missing = {name: e for e in examples if (name := example_fingerprint(e)) not in table}
         named = [*missing.items()]
-        for part in ranks.spread(lambda rows: _ask(policy, named[rows.start : rows.stop], tokens_per_micro), len(named)):
-            table |= part
+
+        def ask(part: range) -> dict[str, float]:
+            return _ask(policy, named[part.start : part.stop], tokens_per_micro)
+
+        for found in ranks.spread(ask, len(named)):
+            table |= found
         if missing:
             content = json.dumps({"policy": fingerprint, "logprobs": table})
             ranks.first(lambda: checkpoint.write_file(folder / FILE, content))
@@ -86,7 +90,8 @@ def _ask(policy: Policy, named: Sequence[tuple[str, Example]], tokens_per_micro:
     """What the policy says of examples, by their fingerprints."""
     lengths = [len(e.prompt) + len(e.response) for _, e in named]
     micros = list(micro_batches(named, lengths, tokens_per_micro))
-    console, table = Console(stderr=True, quiet=ranks.rank() > 0), {}
+    console = Console(stderr=True, quiet=ranks.rank() > 0)
+    table: dict[str, float] = {}
     for micro in track(micros, "reference", console=console, transient=True, disable=not console.is_terminal):
         found = response_logprobs(policy, pack([example for _, example in micro], policy.device))
         table |= zip((name for name, _ in micro), found.tolist(), strict=True)

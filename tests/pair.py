@@ -104,8 +104,38 @@ def cut(whole: Path, part: Path, step: int) -> None:
             shutil.rmtree(path)
 
 
-def together(jobs: list[Job], box: dict[str, str], folder: Path) -> list[dict[str, Left]]:
-    """Do all jobs in two processes: what each rank knows of every one of them."""
+def probe() -> dict[str, Any]:
+    """What ranks tell each other, in two processes; a buffer of a few numbers makes many journeys."""
+    own = ranks.rank()
+    empty = {name: torch.zeros(3, 2) for name in "abc"} | {"half": torch.zeros(5).bfloat16()}
+    module = {name: torch.nn.Parameter(tensor) for name, tensor in empty.items()}
+    module["a"].grad = torch.full((3, 2), 1.0 + own)
+    if own:
+        module["b"].grad, module["half"].grad = torch.ones(3, 2).T.reshape(2, 3).T, torch.ones(5).bfloat16()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "BUCKET", 30)
+        ranks.sum_gradients([*module.values()])
+        gradients = [None if p.grad is None else p.grad.flatten().tolist() for p in module.values()]
+        for p in module.values():
+            p.data.fill_(own)
+        ranks.send_parameters([*module.values()])
+    parts = [torch.tensor([1.0, 3.0]), torch.tensor([8.0])] if own else []
+    return {
+        "gradients": gradients,
+        "owners": ranks.owners([p.numel() for p in module.values()]),
+        "parameters": [p.flatten().tolist() for p in module.values()],
+        "total": [ranks.total(own + 1), ranks.total(own + 0.5)],
+        "cat": ranks.cat(parts).tolist(),
+        "over_all": [part.tolist() for part in ranks.over_all(lambda x: x - x.mean(), [torch.ones(1 + own), *parts])],
+        "gathered": ranks.gathered({"own": own}),
+        "collected": ranks.collected(own),
+        "spread": [list(part) for part in ranks.spread(lambda rows: rows, 5)],
+        "first": ranks.first(lambda: f"rank {own}"),
+    }
+
+
+def together(jobs: list[Job], box: dict[str, str], folder: Path) -> list[tuple[dict[str, Left], dict[str, Any]]]:
+    """Do all jobs in two processes: what each rank knows of every one of them, and what its probe() found."""
     folder.mkdir()
     (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
     (folder / "box.json").write_text(json.dumps(box))
@@ -126,7 +156,7 @@ def together(jobs: list[Job], box: dict[str, str], folder: Path) -> list[dict[st
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
     assert said[1] == "", "only the first rank speaks"
     found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
-    return [{name: Left(**left) for name, left in rank.items()} for rank in found]
+    return [({name: Left(**left) for name, left in rank["jobs"].items()}, rank["probe"]) for rank in found]
 
 
 def main(folder: Path) -> None:
@@ -135,7 +165,7 @@ def main(folder: Path) -> None:
     box = json.loads((folder / "box.json").read_text())
     jobs = [Job(**given) for given in json.loads((folder / "jobs.json").read_text())]
     left = {job.name: asdict(train(job, box, folder)) for job in jobs}
-    (folder / f"rank{ranks.rank()}.json").write_text(json.dumps(left))
+    (folder / f"rank{ranks.rank()}.json").write_text(json.dumps({"jobs": left, "probe": probe()}))
     ranks.leave()
 
 
