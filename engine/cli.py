@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from tyro.conf import Suppress
 
-from twinhead.engine import data, demo, dpo, grpo, ppo, report, reward, scorers, sft
+from twinhead.engine import data, demo, dpo, grpo, ppo, ranks, report, reward, scorers, sft
 from twinhead.engine.config import Source, check, parse
 from twinhead.engine.evaluate import accuracies, perplexity, win_rate
 from twinhead.engine.generate import generate
@@ -30,6 +30,7 @@ from twinhead.engine.text import Text, spoken
 class GenerateConfig(Sampling):
     """Answer prompts: one given on the command line, or the rows of a file."""
 
+    first_row: Suppress[int] = 0
     seeds: Suppress[tuple[int, ...] | None] = None
     stop_sequences: Suppress[tuple[tuple[int, ...], ...]] = ()
     bootstrap: Suppress[bool] = False  # there is no critic
@@ -108,6 +109,8 @@ def main(args: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             raise ValueError(f"unknown command{f', did you mean {near[0]}?' if near else ''} (see twinhead --help)")
+        if ranks.asked() > 1 and name not in TRAINING:
+            raise ValueError(f"expected one process for what is no training, got {ranks.asked()}")
         config_type, command = COMMANDS[name]
         command(parse(config_type, rest, f"twinhead {name}"))
     except (ValueError, OSError) as error:
@@ -116,6 +119,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"\ntwinhead {name}: interrupted; the same command goes on from the last checkpoint\n")
         return 130
+    ranks.leave()
     return 0
 
 
@@ -221,3 +225,7 @@ COMMANDS: dict[str, tuple[type, Callable[..., object]]] = {
     "evaluate": (EvaluateConfig, run_evaluate),
     "report": (ReportConfig, run_report),
 }
+TRAINING = ("pretrain", "sft", "reward", "ppo", "dpo", "grpo")  # what several processes can do together
+
+if __name__ == "__main__":  # torchrun -m twinhead.engine.cli
+    sys.exit(main())

@@ -44,6 +44,8 @@ class RunConfig:
     adam_eps: float = 1e-8
     adam_bits: int = 32
     """Of each number that AdamW remembers: 32, or 8 through torchao (the lowbit extra), a quarter of the memory."""
+    shard_optimizer: bool = False
+    """Of several processes each keeps AdamW's memory for its share of the weights (ZeRO-1); no number changes."""
     max_grad_norm: float = 1.0
     """Global norm that gradients are clipped to; 0 switches clipping off."""
     tokens_per_micro: int = 16384

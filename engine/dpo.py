@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twinhead.engine import data, losses, options
-from twinhead.engine.batch import Example, cumulative, micro_batches, pack
+from twinhead.engine import data, losses, options, ranks
+from twinhead.engine.batch import Example, cumulative, pack
 from twinhead.engine.config import Source
 from twinhead.engine.data import Order, Unpaired
 from twinhead.engine.metrics import Sums
@@ -29,6 +29,7 @@ from twinhead.engine.reference import Reference, response_logprobs
 from twinhead.engine.rows import source_name
 from twinhead.engine.run import Run
 from twinhead.engine.scorers import check_tokenizer
+from twinhead.engine.shares import micro_batches
 from twinhead.engine.text import Text
 from twinhead.engine.trunk import check_fit, checkpoint_gradients, set_precision
 from twinhead.kernels import dpo_loss
@@ -251,4 +252,4 @@ def measure_kl(policy: Policy, reference: Reference, batch: Sequence[Judged], co
     for micro in micro_batches(others, lengths, config.tokens_per_micro):
         packed = pack(micro, policy.device)
         ratios.append(response_logprobs(policy, packed) - reference(packed, micro))
-    return losses.kl_baseline(torch.cat(ratios))
+    return losses.kl_baseline(ranks.cat(ratios))

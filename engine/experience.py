@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from twinhead.engine import ranks
 from twinhead.engine.batch import Packed, Rollout, micro_batches
 from twinhead.engine.mismatch import importance
 from twinhead.engine.policy import Policy
@@ -44,23 +45,23 @@ E = TypeVar("E", Experience, Comparison)
 
 
 def deal(rollouts: Sequence[Rollout], num_minibatches: int, tokens_per_micro: int, seed: int) -> list[list[list[int]]]:
-    """Indices of rollouts, shuffled into minibatches and cut into micro-batches.
+    """Indices of rollouts, shuffled into minibatches, and this rank's share of each cut into micro-batches.
 
     The composition holds for the whole step and only the order of minibatches changes between epochs, so that old and
     new log-probs come from the same products: at learning rate 0 their ratio is exactly 1.
     """
     indices = list(range(len(rollouts)))
     random.Random(seed).shuffle(indices)
-    minibatches = [indices[i::num_minibatches] for i in range(num_minibatches)]
+    minibatches = [m for i in range(num_minibatches) if (m := indices[i::num_minibatches])]
     lengths = [len(r.prompt) + len(r.response) for r in rollouts]
-    return [list(micro_batches(m, [lengths[i] for i in m], tokens_per_micro)) for m in minibatches]
+    shares = [[m[i] for i in ranks.share([lengths[j] for j in m])] for m in minibatches]
+    return [list(micro_batches(m, [lengths[i] for i in m], tokens_per_micro)) for m in shares]
 
 
 def whitened(batch: Batch) -> Batch:
-    """The same batch with advantages of mean 0 and variance 1 over all of its tokens, before minibatching."""
+    """The same batch with advantages of mean 0 and variance 1 over all ranks' tokens, before minibatching."""
     every = [e for minibatch in batch for e in minibatch]
-    advantages = whiten(torch.cat([e.advantages for e in every]))
-    parts = iter(advantages.split([e.packed.num_targets for e in every]))
+    parts = iter(ranks.over_all(whiten, [e.advantages for e in every]))
     return [[replace(e, advantages=next(parts)) for e in minibatch] for minibatch in batch]
 
 

@@ -35,7 +35,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from twinhead.engine import adam, attention, trunk
+from twinhead.engine import adam, attention, ranks, trunk
 from twinhead.engine.batch import Example, Packed, cumulative, pack
 from twinhead.engine.generate import PREFILL_TOKENS
 from twinhead.engine.options import PPO
@@ -173,7 +173,8 @@ def _bytes(model: nn.Module) -> int:
 
 def _moments(config: PPO, p: nn.Parameter) -> int:
     """Both of Adam's: in 8 bits a byte and a 256th of a float32 scale for each number."""
-    return 2 * (p.numel() + 4 * p.numel() // adam.BLOCK) if adam.in_8_bits(p, config) else 2 * p.nbytes
+    both = 2 * (p.numel() + 4 * p.numel() // adam.BLOCK) if adam.in_8_bits(p, config) else 2 * p.nbytes
+    return both // ranks.size() if config.shard_optimizer else both
 
 
 def _bytes_of_a_token(model: PreTrainedModel) -> int:

@@ -14,16 +14,16 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from twinhead.engine import data, losses, mismatch, options, planning, scorers, weights
+from twinhead.engine import data, losses, mismatch, options, planning, ranks, scorers, weights
 from twinhead.engine.batch import Example, Rollout, pack
 from twinhead.engine.data import Order
 from twinhead.engine.evaluate import describe, objective
 from twinhead.engine.experience import Batch, Experience, behaviour, corrected, deal, whitened
-from twinhead.engine.generate import generate
 from twinhead.engine.metrics import Sums
 from twinhead.engine.optim import Optimizer
 from twinhead.engine.policy import Policy
@@ -31,6 +31,7 @@ from twinhead.engine.residence import pinned, resident
 from twinhead.engine.run import Run
 from twinhead.engine.sampling import Sampling
 from twinhead.engine.scorers import Ensemble, RewardFunction, RunningScale, Scorer
+from twinhead.engine.shares import generate
 from twinhead.engine.text import Text
 from twinhead.engine.trunk import check_fit, checkpoint_gradients, set_precision
 from twinhead.kernels import gae, linear_ppo_loss
@@ -91,7 +92,7 @@ def train(config: Config, reward_funcs: Sequence[RewardFunction] = (), evaluate:
             run.say(f"step {step}: {mismatch.warning(updated['mismatch/mean'], config.mismatch_alarm)}")
         if evaluate is not None and config.eval_every and step % config.eval_every == 0:
             with run.timed("evaluate"):
-                stats |= {f"eval/{name}": value for name, value in evaluate(policy).items()}
+                stats |= {f"eval/{name}": value for name, value in ranks.first(partial(evaluate, policy)).items()}
         run.log(step, stats | examined | updated, note=f"score {examined['objective/score']:.2f}")
     return run.finish()
 
@@ -159,7 +160,7 @@ def examine(
             )
             batch[-1].append(Experience(packed, seen, logprobs, values, advantages, returns))
             kls.append(losses.sequence_kl(logprobs, ref_logprobs, packed.cu_rows))
-    measured = objective(batch, torch.cat(kls), scores, kl_coef)
+    measured = objective(batch, ranks.cat(kls), scores, kl_coef)
     batch = whitened(batch)
     return batch if config.importance_cap is None else corrected(batch, config.importance_cap), measured
 
@@ -178,7 +179,7 @@ def update(
     for _ in range(config.epochs):
         moved = torch.zeros((), device=policy.device)  # KL(old || new), summed over minibatches
         for minibatch in rng.sample(batch, len(batch)):
-            num_tokens = sum(e.packed.num_targets for e in minibatch)
+            num_tokens = ranks.total(sum(e.packed.num_targets for e in minibatch))
             for e in minibatch:
                 stats, logprobs = learn(policy, e, num_tokens, config)
                 sums.add(stats)
@@ -188,12 +189,12 @@ def update(
                     first.append((logprobs, e.sampled))
             if mix is not None:
                 sums.add({"ptx_loss": mix_in(policy, mix, optimizer.num_steps, config)})
-            sums.add(optimizer.step())
+            sums.add(optimizer.step(), whole=True)
             num_updates += 1
-        if config.kl_stop is not None and moved.item() / len(batch) > config.kl_stop:
+        if config.kl_stop is not None and ranks.total(moved.item()) / len(batch) > config.kl_stop:
             break
     gaps = Sums()
-    gaps.add(mismatch.measure(*map(torch.cat, zip(*first, strict=True))))
+    gaps.add(mismatch.measure(*(ranks.cat([pair[i] for pair in first]) for i in (0, 1))), whole=True)
     updated = sums.take(num_updates, prefix="policy/") | gaps.take(prefix="mismatch/")
     return updated | {"policy/num_updates": num_updates}
 
@@ -217,7 +218,11 @@ def learn(policy: Policy, e: Experience, num_tokens: int, config: Config) -> tup
 def mix_in(policy: Policy, mix: Sequence[Example], number: int, config: Config) -> Tensor:
     """PPO-ptx (Ouyang et al. 2022, equation 2): add the gradient of ptx_coef * language-model loss on plain text."""
     blocks = [mix[i] for i in Order(len(mix), config.ptx_batch_size, config.seed).take(number)]
-    packed = pack(blocks, policy.device)
-    loss = -policy(packed, entropy=False).logprobs.sum() / packed.num_targets
+    own = ranks.share([len(block.response) for block in blocks])
+    packed = pack([blocks[i] for i in own], policy.device)
+    num_targets = ranks.total(packed.num_targets)
+    if not own:  # there are more ranks than blocks
+        return torch.zeros((), device=policy.device)
+    loss = -policy(packed, entropy=False).logprobs.sum() / num_targets
     (config.ptx_coef * loss).backward()
     return loss.detach()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from twinhead.engine import data, losses, options
-from twinhead.engine.batch import Example, micro_batches
+from twinhead.engine.batch import Example
 from twinhead.engine.data import Comparison, Order
 from twinhead.engine.evaluate import accuracies, score_groups
 from twinhead.engine.metrics import Sums
@@ -19,6 +19,7 @@ from twinhead.engine.optim import Optimizer
 from twinhead.engine.policy import RewardModel
 from twinhead.engine.run import Run
 from twinhead.engine.scorers import model_scores
+from twinhead.engine.shares import micro_batches
 from twinhead.engine.text import Text
 from twinhead.engine.trunk import check_fit, checkpoint_gradients, set_precision
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
-from twinhead.engine import data, losses, options, weights
-from twinhead.engine.batch import Example, Packed, micro_batches, pack
+from twinhead.engine import data, losses, options, ranks, weights
+from twinhead.engine.batch import Example, Packed, pack
 from twinhead.engine.config import Source
 from twinhead.engine.data import Loaded, Order
 from twinhead.engine.evaluate import perplexity
@@ -20,6 +19,7 @@ from twinhead.engine.metrics import Sums
 from twinhead.engine.optim import Optimizer
 from twinhead.engine.policy import Policy
 from twinhead.engine.run import Run
+from twinhead.engine.shares import micro_batches
 from twinhead.engine.text import Text
 from twinhead.engine.trunk import check_fit, checkpoint_gradients, set_precision
 
@@ -84,8 +84,8 @@ def update(policy: Policy, optimizer: Optimizer, batch: Sequence[Example], confi
     """One optimizer step on the loss of the whole batch, however it is cut into micro-batches."""
     lengths = [len(example.prompt) + len(example.response) for example in batch]
     micros = [pack(m, policy.device) for m in micro_batches(batch, lengths, config.tokens_per_micro)]
-    num_targets = sum(packed.num_targets for packed in micros)
-    num_sequences = torch.stack([(packed.cu_rows.diff() > 0).sum() for packed in micros]).sum()  # stays on the device
+    num_targets = ranks.total(sum(packed.num_targets for packed in micros))
+    num_sequences = (ranks.cat([packed.cu_rows.diff() for packed in micros]) > 0).sum()  # stays on the device
     sums = Sums()
     for packed in micros:
         nll = -policy(packed, entropy=False).logprobs  # (R,)

@@ -25,7 +25,7 @@ LAYERS = """
     cli
     demo refresh
     sft reward dpo ppo grpo
-    run evaluate report labeler reference best_of planning
+    run evaluate report labeler reference best_of planning shares
     checkpoint generate scorers experience selection
     step
     policy data optim docstrings diversity
@@ -36,6 +36,7 @@ LAYERS = """
     losses text mismatch sampling flash adam milestones
     rows curves options
     config metrics batch pictures page templates residence memory
+    ranks
 """
 DEPTH = {module: depth for depth, line in enumerate(LAYERS.split("\n")) for module in line.split()}
 

@@ -186,6 +186,7 @@ TURNS: dict[str, dict[str, Turn]] = {
 }
 ELSEWHERE = {
     "adam_bits": "test_optim.py: the toys have no matrix that is large enough",
+    "shard_optimizer": "test_ranks.py: it takes two processes",
     "offload": "test_residence.py, and test_offload_needs_a_device_of_its_own",
     "output_dir": "every run of every test has its own",
     "device": "test_a_device_that_is_not_there_is_refused",
