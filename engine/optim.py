@@ -64,7 +64,8 @@ class Optimizer:
         else:
             self.skipped += 1
         self.num_steps += 1
-        self.adam.zero_grad(set_to_none=True)
+        for p in self.parameters.values():  # also those that another rank updates
+            p.grad = None
         return {"grad_norm": norm if finite else 0.0, "learning_rate": rate, "skipped_updates": float(not finite)}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:

@@ -15,23 +15,26 @@ from safetensors.torch import load_file
 
 from tests import pair, toys
 from tests.pair import Job, Left
-from twinhead.engine import cli, ranks
+from twinhead.engine import cli, planning, ppo, ranks
+from twinhead.engine.config import RunConfig
+from twinhead.engine.optim import Optimizer
 
 KEPT = {"save_every": 1, "keep_checkpoints": 9}
 RICH = {
     "reward_model": "{reward_model}", "normalise_scores": True, "tokens_per_micro": 20, "kl_target_nats": 0.01,
     "kl_horizon": 20, "ptx_data": "{documents}", "ptx_batch_size": 5,
 }  # fmt: skip
+STEADY = {"learning_rate": 1e-3, "adam_eps": 1e-5}  # AdamW divides what is nothing but rounding by its size
 UNPAIRED = {"loss": "kto", "data": "{unpaired}", "eval_data": "{labelled}", "precompute_reference": True}
 ALIKE = [
-    Job("pretrain", "pretrain", {"batch_size": 3, "learning_rate": 1e-3}),
-    Job("sft", "sft", {"tokens_per_micro": 8, "learning_rate": 1e-3}),
+    Job("pretrain", "pretrain", {"batch_size": 3} | STEADY),
+    Job("sft", "sft", {"tokens_per_micro": 8} | STEADY),
     Job("reward", "reward", {"centring_coef": 0.1}),
     Job("dpo", "dpo"),
     Job("kto", "dpo", UNPAIRED | {"batch_size": 5}),
     Job("ppo", "ppo", RICH),
     Job("few", "ppo", {"rollouts_per_step": 3, "minibatches": 3, "ptx_data": "{documents}", "ptx_batch_size": 1}),
-    Job("stop", "ppo", {"kl_stop": 0.004, "old_logprobs": "recompute", "importance_cap": 1.1}),
+    Job("stop", "ppo", {"kl_stop": 5e-4, "old_logprobs": "recompute", "importance_cap": 1.1}),
     Job("grpo", "grpo", {"beta": 0.1, "resample": 1, "process_function": "{rewards}:progress"}),
 ]
 SHARDED = RICH | KEPT | {"shard_optimizer": True}
@@ -148,6 +151,24 @@ def test_one_process_goes_on_from_what_two_have_left(done: Done) -> None:
     assert saved[0].keys() == saved[1].keys()
 
 
+def test_the_plan_knows_of_it(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = toys.options("ppo", done.box) | {"output_dir": "run"}
+    plain, sharded = ppo.Config(**given), ppo.Config(**given, shard_optimizer=True)
+    parameter = torch.nn.Parameter(torch.zeros(64, 64))
+    assert planning._moments(sharded, parameter) == planning._moments(plain, parameter) == 2 * 4 * 64 * 64
+    monkeypatch.setattr(ranks, "size", lambda: 4)
+    assert planning._moments(sharded, parameter) == planning._moments(plain, parameter) // 4
+
+
+def test_a_rank_may_have_nothing_to_remember(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "size", lambda: 3)
+    monkeypatch.setattr(ranks, "rank", lambda: 2)
+    optimizer = Optimizer(torch.nn.Linear(2, 1), RunConfig(output_dir="run", shard_optimizer=True), 1)
+    assert len(optimizer.parameters) == 2 and optimizer.own == {}
+    optimizer.adam.step()
+    assert not optimizer.adam.state
+
+
 # -- what ranks tell each other ----------------------------------------------------------------------------------------
 
 
@@ -217,7 +238,7 @@ def test_several_processes_are_for_training(monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_torchrun_starts_it(done: Done, tmp_path: Path) -> None:
-    options = toys.options("sft", done.box) | {"tokens_per_micro": 8, "learning_rate": 1e-3}
+    options = toys.options("sft", done.box) | {"tokens_per_micro": 8} | STEADY
     command = toys.command("sft", options | {"output_dir": str(tmp_path / "run")})
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "twinhead.engine.cli"]
     path = os.pathsep.join(filter(None, sys.path))
