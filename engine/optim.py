@@ -16,16 +16,26 @@ from twinhead.engine.config import RunConfig
 class Optimizer:
     """AdamW over every trainable parameter; matrices decay, vectors do not.
 
-    scales: factors of the learning rate for parameters by the beginning of their name.
+    scales: factors of the learning rate for parameters by the beginning of their name. `apart`: the beginning of those
+    whose gradient is clipped by itself, and reported as `critic_grad_norm`.
     """
 
     def __init__(
-        self, module: nn.Module, config: RunConfig, total_steps: int, scales: Mapping[str, float] | None = None
+        self,
+        module: nn.Module,
+        config: RunConfig,
+        total_steps: int,
+        scales: Mapping[str, float] | None = None,
+        apart: str | None = None,
     ) -> None:
         self.config, self.total_steps = config, total_steps
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError("expected at least one trainable parameter, got none")
+        self.teams: dict[str, list[nn.Parameter]] = {"grad_norm": []}  # clipped together, by the name of their norm
+        for name, p in self.parameters.items():
+            team = "critic_grad_norm" if apart is not None and name.startswith(apart) else "grad_norm"
+            self.teams.setdefault(team, []).append(p)
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, p in self.parameters.items():
             scale = next((s for prefix, s in (scales or {}).items() if name.startswith(prefix)), 1.0)
@@ -43,9 +53,9 @@ class Optimizer:
     def step(self) -> dict[str, float]:
         """Clip, update, clear. A non-finite gradient updates nothing and is counted (its norm is reported as 0)."""
         limit = self.config.max_grad_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit).item()
+        norms = {name: nn.utils.clip_grad_norm_(team, limit).item() for name, team in self.teams.items()}
         rate = self.learning_rate
-        finite = math.isfinite(norm)
+        finite = all(map(math.isfinite, norms.values()))
         if finite:
             for group in self.adam.param_groups:
                 scaled = rate * group["scale"]
@@ -56,7 +66,8 @@ class Optimizer:
             self.skipped += 1
         self.num_steps += 1
         self.adam.zero_grad(set_to_none=True)
-        return {"grad_norm": norm if finite else 0.0, "learning_rate": rate, "skipped_updates": float(not finite)}
+        norms = norms if finite else dict.fromkeys(norms, 0.0)
+        return norms | {"learning_rate": rate, "skipped_updates": float(not finite)}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Everything that the next step depends on: tensors by parameter name, and counters."""
@@ -65,7 +76,9 @@ class Optimizer:
             for name, p in self.parameters.items()
             for key, value in adam.plain(self.adam.state.get(p, {})).items()
         }
-        return tensors, {"num_steps": self.num_steps, "skipped": self.skipped}
+        still = sum(p not in self.adam.state for p in self.parameters.values())  # a warm-up has not touched them yet
+        counters = {"num_steps": self.num_steps, "skipped": self.skipped}
+        return tensors, counters | ({"still": still} if still and tensors else {})
 
     def restore(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
         """Put back what state() gave. Raises ValueError when it belongs to other parameters."""
@@ -74,7 +87,7 @@ class Optimizer:
             name, part = key.rsplit(".", 1)
             states.setdefault(name, {})[part] = tensor
         missing = [name for name in self.parameters if name not in states]
-        if missing and counters["num_steps"] > counters["skipped"]:
+        if len(missing) > counters.get("still", 0) and counters["num_steps"] > counters["skipped"]:
             raise ValueError(f"optimizer state: expected every parameter of this model, but {missing[0]!r} is missing")
         for name, parts in states.items():
             if name not in self.parameters:

@@ -24,16 +24,18 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 LAYERS = """
     cli
     demo refresh
+    presets
     sft reward dpo ppo grpo
-    run evaluate report labeler reference best_of planning
-    checkpoint generate scorers experience selection
+    run evaluate report labeler reference best_of planning penalty validation
+    checkpoint generate scorers experience selection ema
     step
     policy data optim docstrings
+    critic
     trunk
     weights graphs lora formats preferences
     cache
     attention
-    losses text mismatch sampling flash adam
+    losses text mismatch sampling flash adam best
     rows curves options
     config metrics batch pictures page templates residence memory
 """
