@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import transformers
@@ -17,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from tyro.conf import Suppress
 
-from twinhead.engine import data, demo, dpo, grpo, ppo, report, reward, scorers, sft
+from twinhead.engine import data, demo, dpo, grpo, ppo, presets, report, reward, scorers, sft
 from twinhead.engine.config import Source, check, parse
 from twinhead.engine.evaluate import perplexity, reward_accuracy, win_rate
 from twinhead.engine.generate import generate
@@ -102,7 +103,8 @@ def main(args: Sequence[str] | None = None) -> int:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             raise ValueError(f"unknown command{f', did you mean {near[0]}?' if near else ''} (see twinhead --help)")
         config_type, command = COMMANDS[name]
-        command(parse(config_type, rest, f"twinhead {name}"))
+        preset = partial(presets.options, stage=name) if name in presets.STAGES else None
+        command(parse(config_type, rest, f"twinhead {name}", preset))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"twinhead {name}: {error}\n")
         return 1
@@ -117,7 +119,9 @@ def usage() -> str:
     purpose = {name: re.split(r"[:.(]|, ", config.__doc__ or "")[0].strip() for name, (config, _) in COMMANDS.items()}
     lines = [f"  {name:<10}{what}" for name, what in purpose.items()]
     first = "usage: twinhead COMMAND [--config file.yaml] [--key value ...]"
-    return "\n".join([first, "", *lines, "", "twinhead COMMAND --help lists the options."])
+    known = [f"  {name:<13}{', '.join(stages)}" for name, stages in presets.stages().items()]
+    last = ["twinhead COMMAND --help lists the options.", "--preset name stands for several of them:", "", *known]
+    return "\n".join([first, "", *lines, "", *last])
 
 
 def run_demo(config: demo.Config) -> None:
