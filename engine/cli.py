@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import transformers
@@ -17,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from tyro.conf import Suppress
 
-from twinhead.engine import data, demo, dpo, grpo, ppo, ranks, report, reward, scorers, sft
+from twinhead.engine import data, demo, dpo, grpo, ppo, presets, ranks, report, reward, scorers, sft
 from twinhead.engine.config import Source, check, parse
 from twinhead.engine.evaluate import accuracies, perplexity, win_rate
 from twinhead.engine.generate import generate
@@ -112,7 +113,8 @@ def main(args: Sequence[str] | None = None) -> int:
         if ranks.asked() > 1 and name not in TRAINING:
             raise ValueError(f"expected one process for what is no training, got {ranks.asked()}")
         config_type, command = COMMANDS[name]
-        command(parse(config_type, rest, f"twinhead {name}"))
+        preset = partial(presets.options, stage=name) if name in presets.STAGES else None
+        command(parse(config_type, rest, f"twinhead {name}", preset))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"twinhead {name}: {error}\n")
         return 1
@@ -128,7 +130,9 @@ def usage() -> str:
     purpose = {name: re.split(r"[:.(]|, ", config.__doc__ or "")[0].strip() for name, (config, _) in COMMANDS.items()}
     lines = [f"  {name:<10}{what}" for name, what in purpose.items()]
     first = "usage: twinhead COMMAND [--config file.yaml] [--key value ...]"
-    return "\n".join([first, "", *lines, "", "twinhead COMMAND --help lists the options."])
+    known = [f"  {name:<13}{', '.join(stages)}" for name, stages in presets.stages().items()]
+    last = ["twinhead COMMAND --help lists the options.", "--preset name stands for several of them:", "", *known]
+    return "\n".join([first, "", *lines, "", *last])
 
 
 def run_demo(config: demo.Config) -> None:

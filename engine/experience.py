@@ -27,6 +27,8 @@ class Experience:
     values: Tensor  # (R,)
     advantages: Tensor  # (R,)
     returns: Tensor  # (R,)
+    ref_logprobs: Tensor | None = None  # (R,) of the reference, where the loss estimates the divergence from it
+    ref_rows: Tensor | None = None  # (R, H) its states, where the loss has all of the divergence
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +76,29 @@ def corrected(batch: list[list[E]], cap: float) -> list[list[E]]:
 
 
 def behaviour(
-    policy: Policy, packed: Packed, rollouts: Sequence[Rollout], temperature: float, source: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(R,) log-probs as the sampler saw them, those that the ratio is taken to, and (R,) values.
+    policy: Policy,
+    packed: Packed,
+    rollouts: Sequence[Rollout],
+    temperature: float,
+    source: str,
+    bootstrap: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(R,) log-probs as the sampler saw them, those that the ratio is taken to, (R,) values, and (S,) what follows.
 
-    source: "rollout" keeps what the decode step saw, "recompute" asks the trainer's own pass once more.
+    source: "rollout" keeps what the decode step saw, "recompute" asks the trainer's own pass once more. A critic with
+    layers of its own says nothing while decoding: one packed pass gives its values, and with `bootstrap` those after
+    the responses that were cut; decoding gave the other critics' (0: nothing follows).
     """
     sampled = torch.cat([r.logprobs for r in rollouts])
+    logprobs, values = sampled, None
     if source == "recompute":
         scored = policy(packed, temperature=temperature, entropy=False)
-        assert scored.values is not None, "experience is gathered with a critic"
-        return sampled, scored.logprobs, scored.values
-    return sampled, sampled, torch.cat([r.values for r in rollouts if r.values is not None])
+        logprobs, values = scored.logprobs, scored.values
+    after = torch.tensor([r.bootstrap for r in rollouts], device=sampled.device)
+    if policy.network is not None:
+        states = policy.appraise(packed)  # (T,)
+        cut = torch.tensor([bootstrap and not r.finished for r in rollouts], device=sampled.device)
+        return sampled, logprobs, states[packed.rows], states[packed.last] * cut
+    if values is None:
+        values = torch.cat([r.values for r in rollouts if r.values is not None])
+    return sampled, logprobs, values, after

@@ -13,7 +13,10 @@ NORMALISATIONS = ("mean", "mean_std")
 ENSEMBLES = ("mean", "min", "mean_std")
 LOSSES = ("sigmoid", "robust", "hinge", "ipo", "ipo_mean", "kto")
 CLIPS = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "rloo": (0.2, 0.2), "gspo": (3e-4, 4e-4)}
-CRITICS = ("shared", "detached", "none")
+CRITICS = ("shared", "detached", "branch", "separate", "none")
+VALUE_INITS = ("zero", "sft", "reward_model")
+KL_KINDS = ("k1", "k2", "k3", "full")
+ADVANTAGES = ("gae", "bandit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +173,7 @@ class PPO(RunConfig):
     # file.py:function, each f(prompts, completions, **columns) -> list[float]; or group_diversity, batch_diversity
     reward_functions: tuple[str, ...] = ()
     reward_weights: tuple[float, ...] = ()  # of the reward model (if any) and then each function; empty: all 1
+    process_function: str = ""  # file.py:function beside them: a list per completion, each token's own reward or None
     output_dir: str = "runs/ppo"
     learning_rate: float = 1e-6
     adam_eps: float = 1e-5
@@ -185,15 +189,24 @@ class PPO(RunConfig):
     old_logprobs: str = "rollout"  # rollout: as the sampler saw them; recompute: by one more forward of the trainer
     importance_cap: float | None = None  # truncates weights p_trainer / p_sampler of the advantages; needs recompute
     mismatch_alarm: float = 0.02  # nats per token between sampler and trainer, above which every step says so
-    critic: str = "shared"  # shared; detached: the value loss does not reach the trunk
-    value_init: str = "zero"  # zero; reward_model: the reward head, where no value head lies beside the model
+    critic: str = "shared"  # shared; detached: the value loss does not reach the trunk; branch: its own copies of the
+    # top layers, on the trunk's state as a constant; separate: a second network
+    branch_layers: int = 2  # that a branch has of its own
+    critic_model: str = ""  # checkpoint folder whose trunk a separate critic starts from; empty: model
+    critic_learning_rate: float | None = None  # of a branch or separate critic (None: learning_rate)
+    critic_warmup: int = 0  # steps in which the critic learns alone: the policy stays bit for bit what it was
+    value_init: str = "zero"  # of the value head, where no critic lies beside the model; sft: drawn, as that of a new
+    # reward model; reward_model: the reward head, with the trunk of the reward model if the critic is separate
     value_lr_scale: float = 30.0  # learning rate of the value head, which starts from nothing, over learning_rate
     kl_coef: float = 0.05  # reward per nat of log pi - log pi_ref, at every token
+    kl_kind: str = "k1"  # what counts as a nat: k1, k2 or k3 of the sampled token, or full, exactly over the vocabulary
+    kl_in: str = "reward"  # reward, or loss (not k1)
     kl_target_nats: float | None = None  # per sequence; adapts kl_coef towards it (None: kl_coef is fixed)
     kl_horizon: int = 10_000  # sequences over which kl_coef adapts
     missing_eos_penalty: float = 1.0  # subtracted from the score of a response that never stops
     normalise_scores: bool = False  # less the mean of all scores so far, over their deviation, before EOS and clip
     score_clip: float | None = None
+    advantage: str = "gae"  # gae; bandit: all tokens have the response's rewards less the value of its prompt
     gamma: float = 1.0
     lam: float = 0.95
     bootstrap_truncated: bool = False  # GAE goes on after what was cut at max_new_tokens: at the critic's value
@@ -207,11 +220,17 @@ class PPO(RunConfig):
     ptx_coef: float = 1.0  # weight of that loss, a mean over tokens
     ptx_batch_size: int = 32  # blocks of text in one optimizer step
     ptx_max_length: int = 512
-    eval_every: int = 0  # steps between calls of the evaluation function; 0: never
+    ema_decay: float | None = None  # of an average of the policy's weights, saved in ema/ (0.992 in InstructGPT)
+    stop_kl_nats: float | None = None  # per sequence; ends training once the policy is farther from the reference
+    eval_every: int = 0  # steps between evaluations: the caller's, and that of eval_prompts; 0: never
+    eval_prompts: Source = ""  # held-out prompts, whose answers' mean score is eval/score
+    best_by: str = ""  # name of an evaluation's number, as eval/score: the best checkpoint stays in best/
+    patience: int = 0  # evaluations without a new best after which training ends; 0: all steps are made
     offload: bool = False  # reference and reward model live on the host and come to the GPU only to be asked
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_critic()
         check(
             self,
             steps=(self.steps >= 1, "at least 1"),
@@ -233,18 +252,49 @@ class PPO(RunConfig):
                 "above 0, with old_logprobs=recompute",
             ),
             mismatch_alarm=(self.mismatch_alarm > 0, "above 0"),
-            critic=(self.critic in CRITICS[:2], "shared or detached"),
-            value_init=(self.value_init in ("zero", "reward_model"), "zero or reward_model"),
+            kl_kind=(self.kl_kind in KL_KINDS, f"one of {', '.join(KL_KINDS)}"),
+            kl_in=(
+                self.kl_in == "reward" or (self.kl_in == "loss" and self.kl_kind != "k1"),
+                "reward, or loss with another kl_kind than k1, whose expected gradient there is zero",
+            ),
             kl_coef=(self.kl_coef >= 0, "at least 0"),
             kl_target_nats=(not self.kl_target_nats or self.kl_coef > 0, "none with a kl_coef of 0, which never grows"),
             kl_horizon=(self.rollouts_per_step < 5 * self.kl_horizon, "more than a fifth of rollouts_per_step"),
             score_clip=(self.score_clip is None or self.score_clip > 0, "above 0"),
             lam=(0 <= self.lam <= 1, "0 to 1"),
             gamma=(0 <= self.gamma <= 1, "0 to 1"),
+            advantage=(
+                self.advantage == "gae"
+                or (self.advantage == "bandit" and self.gamma == 1 and not self.bootstrap_truncated),
+                f"one of {', '.join(ADVANTAGES)}, bandit with gamma=1 and without bootstrap_truncated",
+            ),
+            ema_decay=(self.ema_decay is None or 0 <= self.ema_decay < 1, "at least 0 and below 1"),
+            stop_kl_nats=(self.stop_kl_nats is None or self.stop_kl_nats > 0, "above 0"),
+            eval_prompts=(not self.eval_prompts or self.eval_every > 0, "none without eval_every"),
+            best_by=(not self.best_by or self.eval_every > 0, "none without eval_every"),
+            patience=(self.patience == 0 or (self.patience > 0 and bool(self.best_by)), "at least 0, with best_by"),
             ptx_batch_size=(self.ptx_batch_size >= 1, "at least 1"),
             offload=(
                 not self.offload or self.device_type == "cuda",
                 "False on the device cpu, which is the host itself",
+            ),
+        )
+
+    def _check_critic(self) -> None:
+        own = self.critic in ("branch", "separate")
+        check(
+            self,
+            critic=(self.critic in CRITICS[:-1], f"one of {', '.join(CRITICS[:-1])}"),
+            branch_layers=(self.branch_layers >= 1, "at least 1"),
+            critic_learning_rate=(
+                self.critic_learning_rate is None or (own and self.critic_learning_rate >= 0 < self.learning_rate),
+                "at least 0, with critic=branch or separate and a learning_rate above 0",
+            ),
+            critic_warmup=(self.critic_warmup >= 0, "at least 0"),
+            value_init=(self.value_init in VALUE_INITS, f"one of {', '.join(VALUE_INITS)}"),
+            critic_model=(
+                not self.critic_model or (self.critic == "separate" and self.value_init != "reward_model"),
+                "none but with critic=separate, and then none with value_init=reward_model, whose trunk it is",
             ),
         )
 

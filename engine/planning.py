@@ -14,6 +14,7 @@ worst case is planned: every prompt of `max_prompt_tokens`, every response of `m
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,13 +30,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     DynamicCache,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
 from twinhead.engine import adam, attention, ranks, trunk
+from twinhead.engine import critic as critics
 from twinhead.engine.batch import Example, Packed, cumulative, pack
 from twinhead.engine.generate import PREFILL_TOKENS
 from twinhead.engine.options import PPO
@@ -95,17 +99,24 @@ def plan(config: PPO) -> Plan:
         reference = _outline(AutoModelForCausalLM, config.reference, config) if config.reference else policy
         paths = [config.reward_model] if config.reward_model else config.reward_models
         judges = [_outline(AutoModelForSequenceClassification, path, config, num_labels=1) for path in paths]
+        network = _network(config, policy)
         try:
-            return Plan(tuple(part for part in _parts(config, policy, reference, judges) if part.bytes))
+            return Plan(tuple(part for part in _parts(config, policy, reference, judges, network) if part.bytes))
         except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise Unplannable(f"plan: expected passes that run without data, got {config.model!r}: {reason}") from error
 
 
 def _parts(
-    config: PPO, policy: PreTrainedModel, reference: PreTrainedModel, judges: Sequence[PreTrainedModel]
+    config: PPO,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    judges: Sequence[PreTrainedModel],
+    network: PreTrainedModel | None,
 ) -> Iterator[Part]:
     words, width = policy.get_output_embeddings().weight.shape
+    valued = width if network is None else network.get_input_embeddings().weight.shape[1]
+    own = [] if network is None else _own(config, network)
     batch, slots = config.rollouts_per_step, min(config.num_slots, config.rollouts_per_step)
     length = config.max_prompt_tokens + config.max_new_tokens
     sequences = min(-(-batch // config.minibatches), max(1, config.tokens_per_micro // length))  # of one micro-batch
@@ -113,11 +124,14 @@ def _parts(
     home = () if config.offload else PHASES
     later = PHASES[1:]
 
-    size, moments = _bytes(policy), sum(map(partial(_moments, config), policy.parameters()))
+    size, moments = _bytes(policy), sum(map(partial(_moments, config), (*policy.parameters(), *own)))
     yield Part("policy", size, PHASES)
-    yield Part("value head", 4 * (width + 1), PHASES)
-    yield Part(f"Adam, {config.adam_bits} bits", moments + 8 * (width + 1), later)
-    yield Part("reference", _bytes(reference), home or ("examine",))
+    yield Part("critic", sum(p.nbytes for p in own), PHASES)
+    yield Part("value head", 4 * (valued + 1), PHASES)
+    yield Part("average of the weights", 0 if config.ema_decay is None else 4 * policy.num_parameters(), PHASES)
+    yield Part(f"Adam, {config.adam_bits} bits", moments + 8 * (valued + 1), later)
+    exact = config.kl_kind == "full" and config.kl_in == "loss"
+    yield Part("reference", _bytes(reference), home or (("examine", "update") if exact else ("examine",)))
     if judges:
         unread = sum(j.get_input_embeddings().weight.nbytes for j in judges) if config.device_type == "cpu" else 0
         yield Part("reward model", sum(map(_bytes, judges)) - unread, home or ("score",))
@@ -134,10 +148,15 @@ def _parts(
     numbers = batch * (4 * length + 8 * config.max_new_tokens) * 8  # packed int64, and float32 of every response token
     yield Part("rollouts and experience", numbers, later)
     head = _block(micro, words, width, config)
-    yield Part("pass of the reference", max(_pass(reference, micro), head + _rows(micro, width, config)), ("examine",))
+    several = batch > sequences * config.minibatches
+    examined, valuing = (0, 0) if network is None else _valuing(network, own, micro, several)
+    passed = max(_pass(reference, micro), examined, head + _rows(micro, width, config))
+    yield Part("pass of the reference", passed, ("examine",))
+    states = batch * config.max_new_tokens * reference.get_input_embeddings().weight.shape[1]
+    yield Part("states of the reference", states * config.torch_dtype.itemsize if exact else 0, ("examine", "update"))
     gradients = _bytes(policy) + 4 * (width + 1)
     yield Part("gradients", gradients, ("update",))
-    several = batch > sequences * config.minibatches
+    yield Part("critic's gradients and activations", valuing, ("update",))
     learning = _learning(policy, micro, head, several, config)
     if config.ptx_data:
         text = pack([Example([], [0] * config.ptx_max_length)] * config.ptx_batch_size)
@@ -146,16 +165,52 @@ def _parts(
     yield Part("activations of a micro-batch", max(0, learning - gradients - head), ("update",))
 
 
+def _network(config: PPO, policy: PreTrainedModel) -> PreTrainedModel | None:
+    """The layers that a critic has of its own: those of a branch as a trunk of as many, which costs a pass the same."""
+    if config.critic == "branch":
+        critics.check_branch(config.branch_layers, trunk.num_layers(policy))
+        described = copy.deepcopy(policy.config)
+        critics.keep_top(described, config.branch_layers)
+        return _shaped(AutoModel, described, config)
+    if config.critic != "separate":
+        return None
+    beside = critics.found(config.model, "separate")
+    judge = config.reward_model if config.value_init == "reward_model" else ""
+    return _outline(AutoModel, str(beside or judge or config.critic_model or config.model), config)
+
+
+def _own(config: PPO, network: PreTrainedModel) -> list[nn.Parameter]:
+    """The weights that the critic alone has: a branch shares the policy's embeddings."""
+    shared = [m.weight for m in network.modules() if isinstance(m, nn.Embedding) and config.critic == "branch"]
+    return [p for p in network.parameters() if all(p is not other for other in shared)]
+
+
+def _valuing(network: PreTrainedModel, own: list[nn.Parameter], packed: Packed, several: bool) -> tuple[int, int]:
+    """The most that lives during a pass of a critic's own layers that keeps nothing, and while they learn from one."""
+    network.requires_grad_(False)
+    for p in own:
+        p.requires_grad_(True)
+    with Meter(network) as meter:
+        for _ in range(2 if several else 1):
+            trunk.packed_pass(network, packed)[packed.rows].sum().backward()
+    return _pass(network, packed), meter.peak
+
+
 def _outline(factory: Any, path: str, config: PPO, **options: Any) -> PreTrainedModel:
     """A model that has shapes and no data, with our attention."""
     if path.startswith((".", "/")) and not Path(path).is_dir():
         raise ValueError(f"expected a checkpoint folder, got {path!r}, which does not exist")
     try:
-        described = AutoConfig.from_pretrained(path, **options)
-        model = factory.from_config(described, dtype=config.torch_dtype).eval()
+        return _shaped(factory, AutoConfig.from_pretrained(path, **options), config)
+    except Unplannable:
+        raise
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path!r} cannot be loaded as {factory.__name__}: {reason}") from error
+
+
+def _shaped(factory: Any, described: PreTrainedConfig, config: PPO) -> PreTrainedModel:
+    model = factory.from_config(described, dtype=config.torch_dtype).eval()
     if experts := [type(m).__name__ for m in model.modules() if type(m).__name__.endswith("Experts")]:
         raise Unplannable(f"plan: expected a model without experts, which work on what they like, got {experts[0]}")
     model.set_attn_implementation(attention.NAME)

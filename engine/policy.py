@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from twinhead.engine import critic as critics
 from twinhead.engine import trunk, weights
 from twinhead.engine.batch import Example, Packed, pack
 from twinhead.engine.cache import SlotCache
+from twinhead.engine.critic import Branch, Separate
 from twinhead.engine.graphs import Workspace
 from twinhead.engine.options import CRITICS
 from twinhead.kernels import linear_logprob
@@ -30,16 +32,20 @@ class Scored:
 
     logprobs: Tensor  # (R,) float32
     entropy: Tensor | None  # (R,) float32, of the whole distribution; None when it was not asked for
-    values: Tensor | None  # (R,) float32, of the state before the token; None without a critic
+    values: Tensor | None  # (R,) float32, of the state before the token; None without a critic on these states
 
 
 class Policy(nn.Module):
     """A causal language model whose hidden states also feed a critic.
 
-    critic: "shared" (the value loss trains the trunk too), "detached" (it does not reach the trunk) or "none".
+    critic: "shared" (the value loss trains the trunk too), "detached" (it does not reach the trunk), "branch" (its own
+    copies of the top `branch_layers` layers), "separate" (a second network) or "none". Branch and separate critics are
+    `network`, which appraise() asks: decoding and scoring know no values then.
     """
 
-    def __init__(self, model: PreTrainedModel, critic: str = "shared") -> None:
+    def __init__(
+        self, model: PreTrainedModel, critic: str = "shared", branch_layers: int = 2, network: Separate | None = None
+    ) -> None:
         super().__init__()
         if critic not in CRITICS:
             raise ValueError(f"critic: expected one of {CRITICS}, got {critic!r}")
@@ -49,10 +55,14 @@ class Policy(nn.Module):
         self.logit_transform = trunk.LogitTransform.of(model)
         self.kept: Workspace | None = None  # of generation, between two calls that asked for it
         self.value_head: nn.Linear | None = None
-        if critic != "none":  # zero: the first values are 0 and the first policy step is not led by noise (spec 5.1)
-            self.value_head = nn.Linear(self._head().weight.shape[1], 1, dtype=torch.float32, device=model.device)
-            nn.init.zeros_(self.value_head.weight)
-            nn.init.zeros_(self.value_head.bias)
+        self.network: Branch | Separate | None = network
+        if (critic == "separate") != (network is not None):
+            raise ValueError(f"critic: expected a network beside the policy if it is separate alone, got {critic!r}")
+        if critic == "branch":
+            self.network = Branch(model, branch_layers)
+            self.network.self_check(model)
+        elif critic in ("shared", "detached"):
+            self.value_head = critics.value_head(self._head().weight.shape[1], model.device)
 
     @classmethod
     def from_pretrained(
@@ -61,27 +71,42 @@ class Policy(nn.Module):
         critic: str = "shared",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        *,
+        branch_layers: int = 2,
+        critic_model: str | Path = "",
     ) -> Policy:
-        """A checkpoint folder, or a model in memory (which is adopted as it is), plus the value head found beside it.
+        """A checkpoint folder, or a model in memory (which is adopted as it is), plus the critic found beside it.
 
-        dtype: float32 unless given. Raises ValueError for a folder that is no causal language model, for missing or
-        left-over tensors, and for an architecture that fails the self-check.
+        dtype: float32 unless given. critic_model: the trunk of a new separate critic, for a folder `model` itself if
+        empty. Raises ValueError for a folder that is no causal language model, for missing or left-over tensors, and
+        for an architecture that fails the self-check.
         """
+        found = None if isinstance(model, PreTrainedModel) else critics.found(model, critic)
+        network = None
+        if critic == "separate":
+            source = found or critic_model or model
+            if isinstance(source, PreTrainedModel):
+                raise ValueError("critic_model: expected a checkpoint beside a policy in memory, got none")
+            network = Separate.from_pretrained(source, dtype)
         if isinstance(model, PreTrainedModel):
-            policy = cls(model if dtype is None else model.to(dtype), critic)
+            policy = cls(model if dtype is None else model.to(dtype), critic, branch_layers, network)
         else:
-            policy = cls(weights.load_causal_lm(model, dtype), critic)
-            head = weights.load_head(model)
-            if policy.value_head is not None and head is not None:
-                if head["weight"].shape != policy.value_head.weight.shape:
-                    ours, theirs = policy.value_head.weight.shape[1], head["weight"].shape[1]
-                    raise ValueError(f"{str(model)!r}: expected a value head of the model's width {ours}, got {theirs}")
-                policy.value_head.load_state_dict(head)
+            policy = cls(weights.load_causal_lm(model, dtype), critic, branch_layers, network)
+        if found is not None and isinstance(policy.network, Branch):
+            policy.network.load(found)
+        head = weights.load_head(found.parent) if found is not None else None
+        if policy.value_head is not None and head is not None:
+            if head["weight"].shape != policy.value_head.weight.shape:
+                ours, theirs = policy.value_head.weight.shape[1], head["weight"].shape[1]
+                raise ValueError(f"{str(model)!r}: expected a value head of the model's width {ours}, got {theirs}")
+            policy.value_head.load_state_dict(head)
         return policy if device is None else policy.to(device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write what AutoModelForCausalLM reads; the value head lies beside it in safetensors."""
+        """Write what AutoModelForCausalLM reads; the critic lies beside it in safetensors."""
         self.model.save_pretrained(folder)
+        if self.network is not None:
+            self.network.save(Path(folder))
         if self.value_head is not None:
             weights.save_head(folder, self.value_head.state_dict())
 
@@ -98,11 +123,17 @@ class Policy(nn.Module):
 
     def hidden(self, packed: Packed) -> Tensor:
         """(T, H): the one trunk pass under everything."""
+        if isinstance(self.network, Branch):
+            with self.network.listening(self.model, packed):
+                return trunk.packed_pass(self.model, packed)
         return trunk.packed_pass(self.model, packed)
 
     def forward(self, packed: Packed, *, temperature: float = 1.0, entropy: bool = True) -> Scored:
         """The one scoring path: log-probability, entropy and value at each of the R rows that predict a target."""
-        rows = self.hidden(packed)[packed.rows]
+        return self.score(self.hidden(packed)[packed.rows], packed, temperature=temperature, entropy=entropy)
+
+    def score(self, rows: Tensor, packed: Packed, *, temperature: float = 1.0, entropy: bool = True) -> Scored:
+        """The same from the states (R, H) of these rows."""
         scored: Any = linear_logprob(
             rows, targets=packed.targets, temperature=temperature, return_entropy=entropy, **self.vocabulary
         )
@@ -131,17 +162,35 @@ class Policy(nn.Module):
         with torch.autocast(rows.device.type, enabled=False):
             return self.value_head(rows.float()).squeeze(-1)
 
+    def appraise(self, packed: Packed) -> Tensor:
+        """(T,) float32: the critic's value of the state after every token; after a response's last one GAE bootstraps.
+
+        A branch goes on from the pass that hidden() has just made of the same `packed`, if it has.
+        """
+        if isinstance(self.network, Branch) and not self.network.knows(self.model, packed):
+            self.hidden(packed)
+        values = self.values(self.hidden(packed)) if self.network is None else self.network(packed)
+        assert values is not None, "a policy without a critic has no values"
+        return values
+
     @torch.no_grad()
     def value_from(self, reward_model: RewardModel | None) -> None:
         """Start the value head as the normalised reward head. Raises ValueError where their widths differ."""
-        if reward_model is None or self.value_head is None:
+        ours = self.value_head if self.network is None else self.network.value_head
+        if reward_model is None or ours is None:
             raise ValueError("value_init: expected a reward_model to take the value head from, got none")
         head = reward_model.model.score.weight
-        if head.shape != self.value_head.weight.shape:
-            ours, theirs = self.value_head.weight.shape[1], head.shape[1]
-            raise ValueError(f"value_init: expected a reward model of the policy's width {ours}, got {theirs}")
-        self.value_head.weight.copy_(head)
-        self.value_head.bias.fill_(-reward_model.mean)
+        if head.shape != ours.weight.shape:
+            widths = f"{ours.weight.shape[1]}, got {head.shape[1]}"
+            raise ValueError(f"value_init: expected a reward model of the policy's width {widths}")
+        ours.weight.copy_(head)
+        ours.bias.fill_(-reward_model.mean)
+
+    def draw_values(self, seed: int) -> None:
+        """Start the value head as a new reward model's, with standard deviation 1/sqrt(H+1)."""
+        head = self.value_head if self.network is None else self.network.value_head
+        assert head is not None, "a policy without a critic has no value head"
+        draw(head.weight, seed)
 
     def logits(self, rows: Tensor) -> Tensor:
         """(B, H) -> (B, V), for the sampler alone: training never builds them."""
@@ -197,7 +246,7 @@ class Policy(nn.Module):
         reference = Policy.__new__(Policy)
         nn.Module.__init__(reference)
         reference.model = copy.deepcopy(self.model).requires_grad_(False).eval()
-        reference.critic, reference.value_head, reference.kept = "none", None, None
+        reference.critic, reference.value_head, reference.kept, reference.network = "none", None, None, None
         reference.logit_transform = self.logit_transform
         return reference
 
@@ -205,6 +254,13 @@ class Policy(nn.Module):
         head = self.model.get_output_embeddings()
         assert head is not None, "a causal language model has output embeddings"
         return head
+
+
+@torch.no_grad()
+def draw(head: Tensor, seed: int) -> None:
+    """Fill a head (1, H) from N(0, 1/(H+1))."""
+    noise = torch.randn(head.shape, generator=torch.Generator().manual_seed(seed))
+    head.copy_(noise / (head.shape[1] + 1) ** 0.5)
 
 
 class RewardModel(nn.Module):
@@ -237,8 +293,7 @@ class RewardModel(nn.Module):
         """A language model's whole trunk under a new head, drawn with standard deviation 1/sqrt(H+1)."""
         reward = cls(weights.load_classifier(path, dtype, new_head=True))
         head = reward.model.score.weight
-        noise = torch.randn(head.shape, generator=torch.Generator().manual_seed(seed))
-        head.data.copy_(noise / (head.shape[1] + 1) ** 0.5)
+        draw(head, seed)
         return reward if device is None else reward.to(device)
 
     def save_pretrained(self, folder: str | Path) -> None:

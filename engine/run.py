@@ -207,6 +207,10 @@ class Run:
         for old in list(checkpoint.found(self.dir).values())[: -self.config.keep_checkpoints]:
             checkpoint.remove(old)
 
+    def save_best(self) -> None:
+        """The models as they are now, in the folder best/, whole or not at all."""
+        ranks.first(partial(checkpoint.write_folder, self.dir / "best", self._write_models))
+
     def finish(self) -> Run:
         """Write the final models into the run's folder itself, where from_pretrained finds them."""
         ranks.first(partial(checkpoint.merge_folder, self.dir, self._write_models))

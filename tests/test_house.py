@@ -24,16 +24,19 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 LAYERS = """
     cli
     demo refresh
+    presets
     sft reward dpo ppo grpo
-    run evaluate report labeler reference best_of planning shares
-    checkpoint generate scorers experience selection
+    run evaluate report labeler reference best_of planning penalty validation
+    shares
+    checkpoint generate scorers experience selection ema
     step
     policy data optim docstrings diversity
+    critic
     trunk
     weights graphs lora formats preferences
     cache
     attention
-    losses text mismatch sampling flash adam milestones
+    losses text mismatch sampling flash adam milestones best
     rows curves options
     config metrics batch pictures page templates residence memory
     ranks

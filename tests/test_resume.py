@@ -45,6 +45,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "kl_target_nats": 0.1, "kl_horizon": 50, "kl_stop": 0.002, "old_logprobs": "recompute",
         "entropy_coef": 0.01, "learning_rate": 5e-3, "normalise_scores": True, "reference": "{small_model}",
     },
+    "ppo with a branch": {
+        "steps": 10, "critic": "branch", "branch_layers": 1, "critic_warmup": 4, "kl_kind": "full", "kl_in": "loss",
+        "ema_decay": 0.9, "process_function": "{rewards}:progress", "eval_every": 2, "eval_prompts": "{heldout}",
+        "best_by": "eval_ema/score", "learning_rate": 5e-3,
+    },
+    "ppo with a separate critic": {
+        "steps": 10, "critic": "separate", "value_init": "reward_model", "reward_model": "{small_reward_model}",
+        "reward_functions": (), "critic_learning_rate": 1e-3, "critic_warmup": 4, "kl_kind": "k3", "kl_in": "loss",
+        "bootstrap_truncated": True, "learning_rate": 5e-3, **SCHEDULE,
+    },
     "grpo": {"steps": 10, **SCHEDULE},
     "grpo with everything": {
         "steps": 10, "reward_model": "{reward_model}", "reward_functions": ("{rewards}:goodness", "{rewards}:patience"),
