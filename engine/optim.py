@@ -16,10 +16,10 @@ from twinhead.engine.config import RunConfig
 class Optimizer:
     """AdamW over every trainable parameter; matrices decay, vectors do not.
 
-    scales: factors of the learning rate for parameters by the beginning of their name. `apart`: the beginning of those
-    whose gradient is clipped by itself, and reported as `critic_grad_norm`. With config.shard_optimizer a rank remembers
-    the moments of its share of the parameters alone, updates these and sends them to the others: the first stage of ZeRO
-    (Rajbhandari et al. 2020, section 5.1). What is in `followers` is called after every update.
+    scales: factors of the learning rate for parameters by the beginning of their name. apart: the beginning of those
+    whose gradient is clipped by itself, and reported as `critic_grad_norm`. `followers` are called after every update.
+    With config.shard_optimizer a rank remembers the moments of its share of the parameters alone, updates these and
+    sends them to the others: the first stage of ZeRO (Rajbhandari et al. 2020, section 5.1).
     """
 
     def __init__(
