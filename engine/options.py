@@ -173,6 +173,7 @@ class PPO(RunConfig):
     importance_cap: float | None = None  # truncates weights p_trainer / p_sampler of the advantages; needs recompute
     mismatch_alarm: float = 0.02  # nats per token between sampler and trainer, above which every step says so
     critic: str = "shared"  # shared; detached: the value loss does not reach the trunk
+    share: str = "none"  # all: the reward model too is an adapter on the policy's base; both trained with lora_rank
     value_init: str = "zero"  # zero; reward_model: the reward head, where no value head lies beside the model
     value_lr_scale: float = 30.0  # learning rate of the value head, which starts from nothing, over learning_rate
     kl_coef: float = 0.05  # reward per nat of log pi - log pi_ref, at every token
@@ -221,6 +222,7 @@ class PPO(RunConfig):
             ),
             mismatch_alarm=(self.mismatch_alarm > 0, "above 0"),
             critic=(self.critic in CRITICS[:2], "shared or detached"),
+            share=(self.share in ("none", "all"), "none or all"),
             value_init=(self.value_init in ("zero", "reward_model"), "zero or reward_model"),
             kl_coef=(self.kl_coef >= 0, "at least 0"),
             kl_target_nats=(not self.kl_target_nats or self.kl_coef > 0, "none with a kl_coef of 0, which never grows"),
@@ -233,6 +235,17 @@ class PPO(RunConfig):
                 not self.offload or self.device_type == "cuda",
                 "False on the device cpu, which is the host itself",
             ),
+        )
+        shared = self.share == "all"
+        check(
+            self,
+            lora_rank=(not shared or self.lora_rank > 0, "above 0 with share=all, whose base is frozen"),
+            reference=(not shared or not self.reference, "none with share=all, where it is the base"),
+            reward_model=(
+                not shared or bool(self.reward_model or self.reward_models),
+                "a reward model trained with lora_rank, with share=all",
+            ),
+            offload=(not shared or not self.offload, "False with share=all: there is nothing to send away"),
         )
 
 

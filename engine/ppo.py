@@ -18,12 +18,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from twinhead.engine import data, losses, mismatch, options, planning, scorers, weights
+from twinhead.engine import backbone, data, losses, mismatch, options, planning, scorers, weights
 from twinhead.engine.batch import Example, Rollout, pack
 from twinhead.engine.data import Order
 from twinhead.engine.evaluate import describe, objective
 from twinhead.engine.experience import Batch, Experience, behaviour, corrected, deal, whitened
 from twinhead.engine.generate import generate
+from twinhead.engine.lora import Lora
 from twinhead.engine.metrics import Sums
 from twinhead.engine.optim import Optimizer
 from twinhead.engine.policy import Policy
@@ -107,15 +108,21 @@ def foresee(config: Config, run: Run) -> None:
 def load(config: Config, run: Run, text: Text, functions: Sequence[RewardFunction]) -> tuple[Policy, Policy, Scorer]:
     """The policy to train, the reference it is held to, and the source of its rewards."""
     dtype, device = config.torch_dtype, config.torch_device
-    policy = Policy.from_pretrained(run.resume_from or config.model, config.critic, dtype, device)
+    policy = Policy.from_pretrained(config.model, config.critic, dtype, device, Lora.of(config), run.resume_from)
     if config.gradient_checkpointing:
         checkpoint_gradients(policy.model)
     home = torch.device("cpu") if config.offload else device
-    held_to = config.reference or config.model
-    scorers.check_tokenizer(held_to, text, "reference")
-    reference = Policy.from_pretrained(held_to, "none", dtype, home).requires_grad_(False).eval()
+    reference: Policy | None = None if config.reference else backbone.reference(policy)
+    if reference is None:
+        held_to = config.reference or config.model
+        scorers.check_tokenizer(held_to, text, "reference")
+        reference = Policy.from_pretrained(held_to, "none", dtype, home).requires_grad_(False).eval()
     paths = [config.reward_model] if config.reward_model else config.reward_models
-    judges = [scorers.load_reward_model(path, text, dtype, home) for path in paths]
+    judges = (
+        [backbone.reward_model(policy, path, text, i) for i, path in enumerate(paths)]
+        if config.share == "all"
+        else [scorers.load_reward_model(path, text, dtype, home) for path in paths]
+    )
     for frozen in (reference, *judges) if config.offload else ():
         pinned(frozen)
     for model in (policy, reference, *judges):

@@ -25,7 +25,7 @@ LAYERS = """
     cli
     demo refresh
     sft reward dpo ppo grpo
-    run evaluate report labeler reference best_of planning
+    run evaluate report labeler reference best_of planning backbone
     checkpoint generate scorers experience selection
     step
     policy data optim docstrings
