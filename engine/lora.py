@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -71,10 +72,11 @@ def start(model: PreTrainedModel, lora: Lora, resume_from: str | Path | None = N
     return {}
 
 
-def attach(model: PreTrainedModel, lora: Lora) -> None:
+def attach(model: PreTrainedModel, lora: Lora, empty: bool = False) -> None:
     """Freeze `model` and give its layers new adapters, which learn; B is 0, so that nothing changes at first.
 
-    They are float32 whatever the base is: in bfloat16 small steps would be lost (see trunk.set_precision).
+    They are float32 whatever the base is: in bfloat16 small steps would be lost (see trunk.set_precision). `empty` ones
+    have a size alone.
     """
     from peft import LoraConfig
 
@@ -82,19 +84,22 @@ def attach(model: PreTrainedModel, lora: Lora) -> None:
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(lora.seed)
-        _inject(model, config, LEARNER)
+        _inject(model, config, LEARNER, empty)
 
 
-def _inject(model: PreTrainedModel, config: LoraConfig, name: str) -> None:
+def _inject(model: PreTrainedModel, config: LoraConfig, name: str, empty: bool) -> None:
     from peft import inject_adapter_in_model
 
     learning = [p for p in model.parameters() if p.requires_grad] if attached(model) else []
     config.fan_in_fan_out = any(isinstance(layer, Conv1D) for layer in model.base_model.modules())  # GPT-2's layers
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), unset_fake_temporarily():  # peft cannot move what has no data
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several on one base are the point
-        inject_adapter_in_model(config, model, name)
-    for parameter in tensors(model, name).values():
-        parameter.data = parameter.data.float()
+        inject_adapter_in_model(config, model, name, low_cpu_mem_usage=empty)
+    for layer in layers(model).values():
+        for linear in (m[name] for m in (layer.lora_A, layer.lora_B) if name in m):
+            shape, device = linear.weight.shape, layer.get_base_layer().weight.device
+            drawn = torch.empty(shape, dtype=torch.float32, device=device) if empty else linear.weight.detach().float()
+            linear.weight = nn.Parameter(drawn)
     if learning:  # peft has turned the newest one on
         for layer in layers(model).values():
             layer.set_adapter(LEARNER)
@@ -166,10 +171,13 @@ def merged(model: PreTrainedModel, adapter: str = LEARNER) -> dict[str, Tensor]:
 @torch.no_grad()
 def _state(model: PreTrainedModel, adapter: str | None) -> dict[str, Tensor]:
     adapted = layers(model)
-    inside = {f"{name}.{part}" for name, layer in adapted.items() for part in layer.state_dict()}
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in inside}
+    inside = {f"{name}.{part}": part for name, layer in adapted.items() for part in layer.state_dict()}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        part = inside.get(name, "")
+        if not part or part.startswith("base_layer."):
+            state[name.removesuffix(part) + part.removeprefix("base_layer.")] = tensor
     for name, layer in adapted.items():
-        state |= {f"{name}.{part}": tensor for part, tensor in layer.get_base_layer().state_dict().items()}
         if adapter is not None and adapter in layer.lora_A:
             weight = layer.get_base_layer().weight
             state[f"{name}.weight"] = (weight.float() + layer.get_delta_weight(adapter)).to(weight.dtype).cpu()
@@ -236,11 +244,20 @@ def load(model: PreTrainedModel, folder: str | Path, adapter: str = LEARNER) -> 
             f"{str(model.dtype).removeprefix('torch.')}, got one whose base has other weights or another dtype"
         )
     config.modules_to_save, config.inference_mode = None, False
-    _inject(model, config, adapter)
+    _inject(model, config, adapter, empty=True)
     with torch.no_grad():
         for name, parameter in tensors(model, adapter).items():
             parameter.copy_(found.pop(name.removeprefix(PREFIX)))
     return found
+
+
+def described(folder: str | Path) -> Lora:
+    """What the adapters of a checkpoint look like. Raises ValueError where there are none."""
+    try:
+        config = json.loads((Path(folder) / FOLDER / CONFIG).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{str(folder)!r}: expected a checkpoint of training with lora_rank, got {error}") from error
+    return Lora(config["r"], config["lora_alpha"], tuple(config["target_modules"]))
 
 
 def num_weights(model: PreTrainedModel, lora: Lora) -> int:

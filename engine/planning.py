@@ -35,9 +35,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from twinhead.engine import adam, attention, trunk
+from twinhead.engine import adam, attention, lora, trunk
 from twinhead.engine.batch import Example, Packed, cumulative, pack
 from twinhead.engine.generate import PREFILL_TOKENS
+from twinhead.engine.lora import Lora
 from twinhead.engine.options import PPO
 from twinhead.kernels._head import blocks
 
@@ -91,10 +92,12 @@ def plan(config: PPO) -> Plan:
     Raises ValueError for a folder without a model, and Unplannable.
     """
     with FakeTensorMode():
-        policy = _outline(AutoModelForCausalLM, config.model, config)
-        reference = _outline(AutoModelForCausalLM, config.reference, config) if config.reference else policy
+        policy = outline(AutoModelForCausalLM, config.model, config)
+        if chosen := Lora.of(config):
+            lora.attach(policy, chosen, empty=True)
+        reference = outline(AutoModelForCausalLM, config.reference, config) if config.reference else policy
         paths = [config.reward_model] if config.reward_model else config.reward_models
-        judges = [_outline(AutoModelForSequenceClassification, path, config, num_labels=1) for path in paths]
+        judges = [outline(AutoModelForSequenceClassification, path, config, num_labels=1) for path in paths]
         try:
             return Plan(tuple(part for part in _parts(config, policy, reference, judges) if part.bytes))
         except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError) as error:
@@ -113,15 +116,22 @@ def _parts(
     home = () if config.offload else PHASES
     later = PHASES[1:]
 
-    size, moments = _bytes(policy), sum(map(partial(_moments, config), policy.parameters()))
+    learning = [p for p in policy.parameters() if p.requires_grad]
+    size, remembered = _bytes(policy), sum(map(partial(moments, config), learning))
     yield Part("policy", size, PHASES)
     yield Part("value head", 4 * (width + 1), PHASES)
-    yield Part(f"Adam, {config.adam_bits} bits", moments + 8 * (width + 1), later)
-    yield Part("reference", _bytes(reference), home or ("examine",))
-    if judges:
+    yield Part(f"Adam, {config.adam_bits} bits", remembered + 8 * (width + 1), later)
+    alone = config.reference or not config.lora_rank  # else it is the policy's base
+    yield Part("reference", _bytes(reference) if alone else 0, home or ("examine",))
+    if judges and config.share == "all":
+        paths = [config.reward_model] if config.reward_model else config.reward_models
+        sizes = (lora.num_weights(judge, lora.described(path)) for judge, path in zip(judges, paths, strict=True))
+        yield Part("adapter and head of the reward model", 4 * (sum(sizes) + width * len(judges)), PHASES)
+    elif judges:
         unread = sum(j.get_input_embeddings().weight.nbytes for j in judges) if config.device_type == "cpu" else 0
         yield Part("reward model", sum(map(_bytes, judges)) - unread, home or ("score",))
         yield Part("its embedding, once it is read", unread, later)
+    if judges:
         yield Part("pass of the reward model", max(_pass(judge, everyone) for judge in judges), ("score",))
     cache = slots * length * _bytes_of_a_token(policy)
     kept = config.cuda_graphs and config.device_type == "cuda"  # graphs were captured with its addresses
@@ -135,18 +145,18 @@ def _parts(
     yield Part("rollouts and experience", numbers, later)
     head = _block(micro, words, width, config)
     yield Part("pass of the reference", max(_pass(reference, micro), head + _rows(micro, width, config)), ("examine",))
-    gradients = _bytes(policy) + 4 * (width + 1)
+    gradients = sum(p.nbytes for p in learning) + 4 * (width + 1)
     yield Part("gradients", gradients, ("update",))
     several = batch > sequences * config.minibatches
-    learning = _learning(policy, micro, head, several, config)
+    living = _learning(policy, micro, head, several, config)
     if config.ptx_data:
         text = pack([Example([], [0] * config.ptx_max_length)] * config.ptx_batch_size)
-        learning = max(learning, _learning(policy, text, _block(text, words, width, config), True, config))
+        living = max(living, _learning(policy, text, _block(text, words, width, config), True, config))
     yield Part("logits of the fused head", head, ("update",))
-    yield Part("activations of a micro-batch", max(0, learning - gradients - head), ("update",))
+    yield Part("activations of a micro-batch", max(0, living - gradients - head), ("update",))
 
 
-def _outline(factory: Any, path: str, config: PPO, **options: Any) -> PreTrainedModel:
+def outline(factory: Any, path: str, config: PPO, **options: Any) -> PreTrainedModel:
     """A model that has shapes and no data, with our attention."""
     if path.startswith((".", "/")) and not Path(path).is_dir():
         raise ValueError(f"expected a checkpoint folder, got {path!r}, which does not exist")
@@ -171,7 +181,7 @@ def _bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def _moments(config: PPO, p: nn.Parameter) -> int:
+def moments(config: PPO, p: nn.Parameter) -> int:
     """Both of Adam's: in 8 bits a byte and a 256th of a float32 scale for each number."""
     return 2 * (p.numel() + 4 * p.numel() // adam.BLOCK) if adam.in_8_bits(p, config) else 2 * p.nbytes
 
@@ -211,7 +221,7 @@ def _learning(model: PreTrainedModel, packed: Packed, block: int, several: bool,
     The fused head holds a block of logits beside the gradients of its rows and of its matrix, and backward multiplies
     those by the slope of the loss, into new memory.
     """
-    model.requires_grad_(True).zero_grad()
+    model.zero_grad()
     if config.gradient_checkpointing:
         trunk.checkpoint_gradients(model)
     weight = model.get_output_embeddings().weight
@@ -219,13 +229,14 @@ def _learning(model: PreTrainedModel, packed: Packed, block: int, several: bool,
         for _ in range(2 if several else 1):
             rows = trunk.packed_pass(model, packed)[packed.rows]
             logits = torch.empty(block, dtype=torch.uint8)
-            found = torch.empty_like(rows), torch.empty_like(weight, dtype=torch.float32)
+            learned = [rows, weight] if weight.requires_grad else [rows]
+            found = [torch.empty_like(x, dtype=kind) for x, kind in zip(learned, (None, torch.float32), strict=False)]
             del logits
             slopes = [x * 1 for x in found]
             del found
-            torch.autograd.backward([rows, weight], [slopes.pop(0), slopes.pop(0).to(weight.dtype)])
-            del rows
-    model.requires_grad_(False).eval()
+            torch.autograd.backward(learned, [slopes.pop(0).to(x.dtype) for x in learned])
+            del rows, learned
+    model.eval()
     return meter.peak
 
 

@@ -25,6 +25,7 @@ LAYERS = """
     cli
     demo refresh
     sft reward dpo ppo grpo
+    arrangements
     run evaluate report labeler reference best_of planning backbone
     checkpoint generate scorers experience selection
     step

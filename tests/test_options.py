@@ -51,6 +51,9 @@ RUN = {
     "max_grad_norm": Turn(0.01, "weights", {"adam_eps": 0.01}),
     "tokens_per_micro": Turn(20, "passes"),
     "gradient_checkpointing": Turn(True, "passes"),
+    "lora_rank": Turn(2, "weights"),
+    "lora_alpha": Turn(64, "weights", {"lora_rank": 2}),
+    "lora_targets": Turn(("q_proj",), "weights", {"lora_rank": 2}),
     "save_every": Turn(1, "files", {"keep_checkpoints": 9}),
     "keep_checkpoints": Turn(2, "files", {"save_every": 1}),
     "tensorboard": Turn(True, "files"),
@@ -69,8 +72,13 @@ FIT = {
     "max_length": Turn(4, "metrics"),
     "template": Turn("alpaca", "metrics", {"data": ASKED, "max_length": 64}),
 }
+ADAPTED = {  # there is nothing to adapt where nothing has been learned yet
+    "lora_rank": Turn(2, "weights", {"model": "{model}"}),
+    "lora_alpha": Turn(64, "weights", {"model": "{model}", "lora_rank": 2}),
+    "lora_targets": Turn(("q_proj",), "weights", {"model": "{model}", "lora_rank": 2}),
+}
 TURNS: dict[str, dict[str, Turn]] = {
-    "pretrain": RUN | FIT | {"data": Turn("{texts}", "metrics"), "template": Turn("alpaca", "files")},
+    "pretrain": RUN | FIT | ADAPTED | {"data": Turn("{texts}", "metrics"), "template": Turn("alpaca", "files")},
     "sft": RUN | FIT,
     "reward": RUN
     | {
@@ -109,6 +117,7 @@ TURNS: dict[str, dict[str, Turn]] = {
         "mismatch_alarm": Turn(1e-12, "metrics"),
         "importance_cap": Turn(0.5, "weights", {"old_logprobs": "recompute"}),
         "critic": Turn("detached", "weights"),
+        "share": Turn("all", "passes", {"reward_model": "{adapted_reward_model}", "lora_rank": 2}),
         "value_init": Turn("reward_model", "metrics", {"reward_model": "{reward_model}"}),
         "value_lr_scale": Turn(3.0, "weights"),
         "kl_coef": Turn(0.5, "weights"),
@@ -194,6 +203,8 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Box:
     folder = tmp_path_factory.mktemp("box")
     paths = toys.box(folder)
     other = toys.language_model(folder / "other", seed=1)
+    paths["adapted_reward_model"] = str(folder / "adapted")
+    toys.train("reward", paths, folder / "adapted", lora_rank=2)
     return paths | {"other": other, "texts": toys.write(folder / "texts.jsonl", toys.documents(12, seed=9))}
 
 
