@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from rich.table import Table
-from torch import Tensor
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
@@ -44,14 +44,14 @@ def arrangements(config: PPO) -> list[Arrangement]:
     chosen = Lora.of(config) or Lora(RANK, 2 * RANK)
     with FakeTensorMode():
         model = planning.outline(AutoModelForCausalLM, config.model, config)
-        every: list[Tensor] = list(model.parameters())
-        trunk: list[Tensor] = list(model.base_model.parameters())  # a critic and a reward model have another head
+        every: list[nn.Parameter] = list(model.parameters())
+        trunk: list[nn.Parameter] = list(model.base_model.parameters())  # a critic and a reward model have another head
         lora.attach(model, chosen, empty=True)
-        adapter: list[Tensor] = list(lora.tensors(model).values())
-        head = [torch.empty(model.get_input_embeddings().weight.shape[1] + 1, dtype=torch.float32)]
+        adapter: list[nn.Parameter] = list(lora.tensors(model).values())
+        head = [nn.Parameter(torch.empty(model.get_input_embeddings().weight.shape[1] + 1, dtype=torch.float32))]
 
-        def arranged(name: str, models: Sequence[Tensor], learners: Sequence[Tensor]) -> Arrangement:
-            learning = sum(p.nbytes + planning.moments(config, p) for p in learners)
+        def arranged(name: str, models: Sequence[nn.Parameter], learners: Sequence[nn.Parameter]) -> Arrangement:
+            learning = sum(planning.moments(config, p) for p in learners) + sum(p.nbytes for p in learners)
             return Arrangement(name, sum(p.nbytes for p in models), learning, sum(p.nbytes for p in every))
 
         rank, critic = f"rank {chosen.rank}", trunk + head
