@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from tyro.conf import Suppress
 
-from twinhead.engine import data, demo, dpo, grpo, ppo, presets, ranks, report, reward, scorers, sft
+from twinhead.engine import arrangements, data, demo, dpo, grpo, ppo, presets, ranks, report, reward, scorers, sft
 from twinhead.engine.config import Source, check, parse
 from twinhead.engine.evaluate import accuracies, perplexity, win_rate
 from twinhead.engine.generate import generate
@@ -145,7 +145,7 @@ def run_ppo(config: PPOConfig) -> None:
     """Train, or print what memory that would take."""
     chosen = ppo.Config(**{field.name: getattr(config, field.name) for field in fields(ppo.Config)})
     if config.plan:
-        Console().print(ppo.plan(chosen).table())
+        Console().print(ppo.plan(chosen).table(), arrangements.table(chosen))
     else:
         ppo.train(chosen)
 

@@ -53,6 +53,13 @@ class RunConfig:
     """Tokens in one forward and backward pass. A memory knob: it cannot change the gradient."""
     gradient_checkpointing: bool = False
     """Keep each layer's input alone and compute the layer again for the gradient: less memory, a third more work."""
+    lora_rank: int = 0
+    """Of low-rank adapters on frozen weights, which alone learn (Hu et al. 2021), at some ten times the learning rate;
+    0: all weights learn."""
+    lora_alpha: int | None = None
+    """What adapters add is scaled by lora_alpha / lora_rank; None: by 2."""
+    lora_targets: tuple[str, ...] = ()
+    """Layers that get an adapter, such as q_proj; none: all linear layers of the trunk."""
     save_every: int = 0
     """Steps between checkpoints to resume from; 0: only at the end."""
     keep_checkpoints: int = 1
@@ -72,6 +79,12 @@ class RunConfig:
             adam_bits=(self.adam_bits in (8, 32), "8 or 32"),
             max_grad_norm=(self.max_grad_norm >= 0, "at least 0 (0: no clipping)"),
             tokens_per_micro=(self.tokens_per_micro >= 1, "at least 1"),
+            lora_rank=(self.lora_rank >= 0, "at least 0 (0: all weights learn)"),
+            lora_alpha=(
+                self.lora_alpha is None or (self.lora_rank > 0 and self.lora_alpha >= 1),
+                "at least 1, with lora_rank",
+            ),
+            lora_targets=(self.lora_rank > 0 or not self.lora_targets, "none without lora_rank"),
             save_every=(self.save_every >= 0, "at least 0 (0: only at the end)"),
             keep_checkpoints=(self.keep_checkpoints >= 1, "at least 1"),
         )

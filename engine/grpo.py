@@ -25,11 +25,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from twinhead.engine import data, losses, mismatch, options, ranks, scorers
+from twinhead.engine import backbone, data, losses, mismatch, options, ranks, scorers
 from twinhead.engine.batch import Example, Rollout, cumulative, pack, segment_ids
 from twinhead.engine.data import Order, Prompt
 from twinhead.engine.evaluate import describe
 from twinhead.engine.experience import Comparison, corrected, deal
+from twinhead.engine.lora import Lora
 from twinhead.engine.metrics import Sums
 from twinhead.engine.optim import Optimizer
 from twinhead.engine.policy import Policy
@@ -150,11 +151,11 @@ def load(
 ) -> tuple[Policy, Policy | None, Scorer]:
     """The policy to train, the reference it is held to (None without beta), and the source of its rewards."""
     dtype, device = config.torch_dtype, config.torch_device
-    policy = Policy.from_pretrained(run.resume_from or config.model, "none", dtype, device)
+    policy = Policy.from_pretrained(config.model, "none", dtype, device, Lora.of(config), run.resume_from)
     if config.gradient_checkpointing:
         checkpoint_gradients(policy.model)
-    reference = None
-    if config.beta > 0:
+    reference: Policy | None = backbone.reference(policy) if config.beta > 0 else None
+    if config.beta > 0 and reference is None:
         reference = Policy.from_pretrained(config.model, "none", dtype, device).requires_grad_(False).eval()
     judge = scorers.load_reward_model(config.reward_model, text, dtype, device) if config.reward_model else None
     for model in filter(None, (policy, reference, judge)):

@@ -197,6 +197,7 @@ class PPO(RunConfig):
     critic_warmup: int = 0  # steps in which the critic learns alone: the policy stays bit for bit what it was
     value_init: str = "zero"  # of the value head, where no critic lies beside the model; sft: drawn, as that of a new
     # reward model; reward_model: the reward head, with the trunk of the reward model if the critic is separate
+    share: str = "none"  # all: the reward model too is an adapter on the policy's base; both trained with lora_rank
     value_lr_scale: float = 30.0  # learning rate of the value head, which starts from nothing, over learning_rate
     kl_coef: float = 0.05  # reward per nat of log pi - log pi_ref, at every token
     kl_kind: str = "k1"  # what counts as a nat: k1, k2 or k3 of the sampled token, or full, exactly over the vocabulary
@@ -231,6 +232,8 @@ class PPO(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_critic()
+        whole = self.gamma == 1 and not self.bootstrap_truncated
+        averaged = self.ema_decay is None or (0 <= self.ema_decay < 1 and not self.lora_rank)
         check(
             self,
             steps=(self.steps >= 1, "at least 1"),
@@ -257,6 +260,7 @@ class PPO(RunConfig):
                 self.kl_in == "reward" or (self.kl_in == "loss" and self.kl_kind != "k1"),
                 "reward, or loss with another kl_kind than k1, whose expected gradient there is zero",
             ),
+            share=(self.share in ("none", "all"), "none or all"),
             kl_coef=(self.kl_coef >= 0, "at least 0"),
             kl_target_nats=(not self.kl_target_nats or self.kl_coef > 0, "none with a kl_coef of 0, which never grows"),
             kl_horizon=(self.rollouts_per_step < 5 * self.kl_horizon, "more than a fifth of rollouts_per_step"),
@@ -264,11 +268,10 @@ class PPO(RunConfig):
             lam=(0 <= self.lam <= 1, "0 to 1"),
             gamma=(0 <= self.gamma <= 1, "0 to 1"),
             advantage=(
-                self.advantage == "gae"
-                or (self.advantage == "bandit" and self.gamma == 1 and not self.bootstrap_truncated),
+                self.advantage == "gae" or (self.advantage == "bandit" and whole),
                 f"one of {', '.join(ADVANTAGES)}, bandit with gamma=1 and without bootstrap_truncated",
             ),
-            ema_decay=(self.ema_decay is None or 0 <= self.ema_decay < 1, "at least 0 and below 1"),
+            ema_decay=(averaged, "at least 0 and below 1, without lora_rank"),
             stop_kl_nats=(self.stop_kl_nats is None or self.stop_kl_nats > 0, "above 0"),
             eval_prompts=(not self.eval_prompts or self.eval_every > 0, "none without eval_every"),
             best_by=(not self.best_by or self.eval_every > 0, "none without eval_every"),
@@ -279,6 +282,15 @@ class PPO(RunConfig):
                 "False on the device cpu, which is the host itself",
             ),
         )
+        if self.share == "all":
+            judged = bool(self.reward_model or self.reward_models)
+            check(
+                self,
+                lora_rank=(self.lora_rank > 0, "above 0 with share=all, whose base is frozen"),
+                reference=(not self.reference, "none with share=all, where it is the base"),
+                reward_model=(judged, "a reward model trained with lora_rank, with share=all"),
+                offload=(not self.offload, "False with share=all: there is nothing to send away"),
+            )
 
     def _check_critic(self) -> None:
         own = self.critic in ("branch", "separate")

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from twinhead.engine import critic as critics
+from twinhead.engine import lora as adapters
 from twinhead.engine import trunk, weights
 from twinhead.engine.batch import Example, Packed, pack
 from twinhead.engine.cache import SlotCache
 from twinhead.engine.critic import Branch, Separate
 from twinhead.engine.graphs import Workspace
+from twinhead.engine.lora import Lora
 from twinhead.engine.options import CRITICS
 from twinhead.kernels import linear_logprob
 
@@ -71,17 +73,24 @@ class Policy(nn.Module):
         critic: str = "shared",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        lora: Lora | None = None,
+        resume_from: str | Path | None = None,
         *,
         branch_layers: int = 2,
         critic_model: str | Path = "",
     ) -> Policy:
         """A checkpoint folder, or a model in memory (which is adopted as it is), plus the critic found beside it.
 
-        dtype: float32 unless given. critic_model: the trunk of a new separate critic, for a folder `model` itself if
-        empty. Raises ValueError for a folder that is no causal language model, for missing or left-over tensors, and
-        for an architecture that fails the self-check.
+        dtype: float32 unless given. lora: freeze the weights and put adapters onto them. resume_from: a checkpoint of
+        the same training, from which comes what has been learned: all of it, or beside `lora` adapters and critic.
+        critic_model: the trunk of a new separate critic, for a folder `model` itself if empty. Raises ValueError for a
+        folder that is no causal language model, for missing or left-over tensors, for an architecture that fails the
+        self-check, and for adapters of another base.
         """
-        found = None if isinstance(model, PreTrainedModel) else critics.found(model, critic)
+        if resume_from is not None and lora is None:
+            model = resume_from
+        beside = resume_from or model
+        found = None if isinstance(beside, PreTrainedModel) else critics.found(beside, critic)
         network = None
         if critic == "separate":
             source = found or critic_model or model
@@ -92,6 +101,8 @@ class Policy(nn.Module):
             policy = cls(model if dtype is None else model.to(dtype), critic, branch_layers, network)
         else:
             policy = cls(weights.load_causal_lm(model, dtype), critic, branch_layers, network)
+        if lora is not None:
+            adapters.start(policy.model, lora, resume_from)
         if found is not None and isinstance(policy.network, Branch):
             policy.network.load(found)
         head = weights.load_head(found.parent) if found is not None else None
@@ -103,8 +114,11 @@ class Policy(nn.Module):
         return policy if device is None else policy.to(device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write what AutoModelForCausalLM reads; the critic lies beside it in safetensors."""
-        self.model.save_pretrained(folder)
+        """Write what AutoModelForCausalLM reads; the critic lies beside it in safetensors, adapters in a folder."""
+        if adapters.attached(self.model):
+            adapters.save(self.model, Path(folder), "CAUSAL_LM")
+        else:
+            self.model.save_pretrained(folder)
         if self.network is not None:
             self.network.save(Path(folder))
         if self.value_head is not None:
@@ -179,7 +193,7 @@ class Policy(nn.Module):
         ours = self.value_head if self.network is None else self.network.value_head
         if reward_model is None or ours is None:
             raise ValueError("value_init: expected a reward_model to take the value head from, got none")
-        head = reward_model.model.score.weight
+        head = reward_model.head.weight
         if head.shape != ours.weight.shape:
             widths = f"{ours.weight.shape[1]}, got {head.shape[1]}"
             raise ValueError(f"value_init: expected a reward model of the policy's width {widths}")
@@ -241,6 +255,10 @@ class Policy(nn.Module):
                 self.train(modes[0])
                 self.model.train(modes[1])
 
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that log-probs depend on, by name."""
+        return self.model.state_dict()
+
     def frozen_copy(self) -> Policy:
         """The reference policy: the same weights as of now, without a critic, never trained."""
         reference = Policy.__new__(Policy)
@@ -275,8 +293,7 @@ class RewardModel(nn.Module):
         super().__init__()
         trunk.adopt(model)
         self.model = model
-        self.mean = float(getattr(model.config, weights.REWARD_NORMALISATION, 0.0))
-        self.spread = float(getattr(model.config, REWARD_SPREAD, 1.0))
+        self.mean, self.spread = normalisation(model.config)
 
     @classmethod
     def from_pretrained(
@@ -288,19 +305,46 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_language_model(
-        cls, path: str | Path, seed: int = 0, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+        cls,
+        path: str | Path,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        lora: Lora | None = None,
+        resume_from: str | Path | None = None,
     ) -> RewardModel:
-        """A language model's whole trunk under a new head, drawn with standard deviation 1/sqrt(H+1)."""
+        """A language model's whole trunk under a new head, drawn with standard deviation 1/sqrt(H+1).
+
+        With `lora` the trunk is frozen under adapters, and the head float32. resume_from: a checkpoint of the same
+        training with adapters, from which they, the head and the normalisation come.
+        """
         reward = cls(weights.load_classifier(path, dtype, new_head=True))
-        head = reward.model.score.weight
-        draw(head, seed)
+        draw(reward.head.weight, seed)
+        if lora is not None:
+            reward._adapt(lora, resume_from)
         return reward if device is None else reward.to(device)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what AutoModelForSequenceClassification reads; the normalisation is two keys of its config.json."""
         setattr(self.model.config, weights.REWARD_NORMALISATION, self.mean)
         setattr(self.model.config, REWARD_SPREAD, self.spread)
-        self.model.save_pretrained(folder)
+        if adapters.attached(self.model):
+            adapters.save(self.model, Path(folder), "SEQ_CLS", heads=("score",))
+        else:
+            self.model.save_pretrained(folder)
+
+    @torch.no_grad()
+    def _adapt(self, lora: Lora, resume_from: str | Path | None) -> None:
+        heads = adapters.start(self.model, lora, resume_from)
+        self.head.float().requires_grad_(True)
+        if resume_from is not None:
+            self.head.weight.copy_(heads["score.weight"])
+            self.mean, self.spread = normalisation(AutoConfig.from_pretrained(resume_from))
+
+    @property
+    def head(self) -> nn.Linear:
+        """(H) -> (1), without a bias."""
+        return self.model.score
 
     @property
     def device(self) -> torch.device:
@@ -309,8 +353,13 @@ class RewardModel(nn.Module):
     def raw(self, packed: Packed) -> Tensor:
         """(S,) float32 scores before normalisation; the product with the head is taken in float32 (spec 3.2)."""
         last = trunk.packed_pass(self.model, packed)[packed.last]
-        return F.linear(last.float(), self.model.score.weight.float()).squeeze(-1)
+        return F.linear(last.float(), self.head.weight.float()).squeeze(-1)
 
     def forward(self, packed: Packed) -> Tensor:
         """(S,) float32 normalised scores."""
         return self.raw(packed) - self.mean
+
+
+def normalisation(config: PreTrainedConfig) -> tuple[float, float]:
+    """The mean and the spread that a reward model keeps in its config.json."""
+    return float(getattr(config, weights.REWARD_NORMALISATION, 0.0)), float(getattr(config, REWARD_SPREAD, 1.0))

@@ -17,12 +17,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from twinhead.engine import critic, data, losses, mismatch, options, penalty, planning, ranks, scorers
+from twinhead.engine import backbone, critic, data, losses, mismatch, options, penalty, planning, ranks, scorers
 from twinhead.engine.batch import Example, Packed, Rollout, pack, segment_sum
 from twinhead.engine.best import Best
 from twinhead.engine.critic import Separate
@@ -30,6 +29,7 @@ from twinhead.engine.data import Order, Prompt
 from twinhead.engine.ema import EMA
 from twinhead.engine.evaluate import describe, objective
 from twinhead.engine.experience import Batch, Experience, behaviour, corrected, deal, whitened
+from twinhead.engine.lora import Lora
 from twinhead.engine.metrics import Sums
 from twinhead.engine.optim import Optimizer
 from twinhead.engine.penalty import Penalty
@@ -171,13 +171,19 @@ def foresee(config: Config, run: Run) -> None:
 def load(config: Config, run: Run, text: Text, functions: Sequence[RewardFunction]) -> tuple[Policy, Policy, Scorer]:
     """The policy to train, the reference it is held to, and the source of its rewards."""
     dtype, device = config.torch_dtype, config.torch_device
-    policy = load_actor(config, run.resume_from or config.model, text)
+    policy = load_actor(config, run, text)
     home = torch.device("cpu") if config.offload else device
-    held_to = config.reference or config.model
-    scorers.check_tokenizer(held_to, text, "reference")
-    reference = Policy.from_pretrained(held_to, "none", dtype, home).requires_grad_(False).eval()
+    reference: Policy | None = None if config.reference else backbone.reference(policy)
+    if reference is None:
+        held_to = config.reference or config.model
+        scorers.check_tokenizer(held_to, text, "reference")
+        reference = Policy.from_pretrained(held_to, "none", dtype, home).requires_grad_(False).eval()
     paths = [config.reward_model] if config.reward_model else config.reward_models
-    judges = [scorers.load_reward_model(path, text, dtype, home) for path in paths]
+    judges = (
+        [backbone.reward_model(policy, path, text, i) for i, path in enumerate(paths)]
+        if config.share == "all"
+        else [scorers.load_reward_model(path, text, dtype, home) for path in paths]
+    )
     for frozen in (reference, *judges) if config.offload else ():
         pinned(frozen)
     for model in (policy, reference, *judges, *filter(None, [policy.network])):
@@ -194,15 +200,15 @@ def load(config: Config, run: Run, text: Text, functions: Sequence[RewardFunctio
     return policy, reference, Scorer(text, judge or ensemble, functions, config.reward_weights, config.tokens_per_micro)
 
 
-def load_actor(config: Config, source: str | Path, text: Text) -> Policy:
+def load_actor(config: Config, run: Run, text: Text) -> Policy:
     """The policy with its critic: the one beside it, or a new one."""
     trunk_of = config.critic_model or config.model
-    if config.critic == "separate" and critic.found(source, "separate") is None:
+    if config.critic == "separate" and critic.found(run.resume_from or config.model, "separate") is None:
         if config.value_init == "reward_model" and config.reward_model:
             trunk_of = config.reward_model
         scorers.check_tokenizer(trunk_of, text, "critic_model")
     policy = Policy.from_pretrained(
-        source, config.critic, config.torch_dtype, config.torch_device,
+        config.model, config.critic, config.torch_dtype, config.torch_device, Lora.of(config), run.resume_from,
         branch_layers=config.branch_layers, critic_model=trunk_of,
     )  # fmt: skip
     whole = [policy.network.model] if isinstance(policy.network, Separate) else []

@@ -71,8 +71,8 @@ def policy_fingerprint(policy: Policy) -> str:
     settings = {name: value for name, value in policy.model.config.to_dict().items() if name not in origin}
     settings["mixed"] = getattr(policy.model, MIXED, False)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for tensor in policy.model.state_dict().values():
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    for tensor in policy.state().values():
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

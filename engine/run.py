@@ -19,7 +19,7 @@ import transformers
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 from twinhead.engine import checkpoint, ranks
 from twinhead.engine.config import RunConfig
@@ -111,8 +111,9 @@ class Run:
         On a resumed run the optimizer and the state are put back here; models are loaded from `resume_from`.
         """
         self._models, self._optimizer, self._state = models, optimizer, state
-        weights = sum(p.numel() * p.element_size() for p in optimizer.parameters.values())
-        checkpoint.ensure_room(self.dir, 3 * weights)
+        weights = sum(p.nbytes for model in models if isinstance(model, nn.Module) for p in model.parameters())
+        learning = sum(p.nbytes for p in optimizer.parameters.values())
+        checkpoint.ensure_room(self.dir, weights + 2 * learning)
         if self.resume_from is not None:
             tensors, saved = checkpoint.load_state(self.resume_from)
             optimizer.restore(tensors, saved["optimizer"])

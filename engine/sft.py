@@ -15,6 +15,7 @@ from twinhead.engine.batch import Example, Packed, pack
 from twinhead.engine.config import Source
 from twinhead.engine.data import Loaded, Order
 from twinhead.engine.evaluate import perplexity
+from twinhead.engine.lora import Lora
 from twinhead.engine.metrics import Sums
 from twinhead.engine.optim import Optimizer
 from twinhead.engine.policy import Policy
@@ -57,9 +58,12 @@ def _fit(
     text = Text.from_pretrained(config.model, config.template)
     train_set = read(config.data, text, config.max_length)
     eval_set = read(config.eval_data, text, config.max_length) if config.eval_data else None
-    start = run.resume_from or (weights.initialise(config.model, config.seed) if scratch else config.model)
+    if scratch and config.lora_rank:
+        raise ValueError(f"lora_rank: expected 0 for a model without weights, got {config.lora_rank}")
+    start = weights.initialise(config.model, config.seed) if scratch and run.resume_from is None else config.model
     run.say(train_set.summary())
-    policy = Policy.from_pretrained(start, "none", config.torch_dtype, config.torch_device)
+    dtype, device = config.torch_dtype, config.torch_device
+    policy = Policy.from_pretrained(start, "none", dtype, device, Lora.of(config), run.resume_from)
     set_precision(policy.model, config.dtype)
     check_fit(policy.model, [*train_set, *(eval_set or [])])
     if config.gradient_checkpointing:

@@ -26,7 +26,8 @@ LAYERS = """
     demo refresh
     presets
     sft reward dpo ppo grpo
-    run evaluate report labeler reference best_of planning penalty validation
+    arrangements
+    run evaluate report labeler reference best_of planning penalty validation backbone
     shares
     checkpoint generate scorers experience selection ema
     step

@@ -51,6 +51,9 @@ RUN = {
     "max_grad_norm": Turn(0.01, "weights", {"adam_eps": 0.01}),
     "tokens_per_micro": Turn(20, "passes"),
     "gradient_checkpointing": Turn(True, "passes"),
+    "lora_rank": Turn(2, "weights"),
+    "lora_alpha": Turn(64, "weights", {"lora_rank": 2}),
+    "lora_targets": Turn(("q_proj",), "weights", {"lora_rank": 2}),
     "save_every": Turn(1, "files", {"keep_checkpoints": 9}),
     "keep_checkpoints": Turn(2, "files", {"save_every": 1}),
     "tensorboard": Turn(True, "files"),
@@ -71,8 +74,13 @@ FIT = {
     "reduction": Turn("seq_mean", "weights", {"data": UNEVEN}),
     "template": Turn("alpaca", "metrics", {"data": ASKED, "max_length": 64}),
 }
+ADAPTED = {  # there is nothing to adapt where nothing has been learned yet
+    "lora_rank": Turn(2, "weights", {"model": "{model}"}),
+    "lora_alpha": Turn(64, "weights", {"model": "{model}", "lora_rank": 2}),
+    "lora_targets": Turn(("q_proj",), "weights", {"model": "{model}", "lora_rank": 2}),
+}
 TURNS: dict[str, dict[str, Turn]] = {
-    "pretrain": RUN | FIT | {"data": Turn("{texts}", "metrics"), "template": Turn("alpaca", "files")},
+    "pretrain": RUN | FIT | ADAPTED | {"data": Turn("{texts}", "metrics"), "template": Turn("alpaca", "files")},
     "sft": RUN | FIT,
     "reward": RUN
     | {
@@ -117,6 +125,7 @@ TURNS: dict[str, dict[str, Turn]] = {
         "critic_model": Turn("{other}", "weights", {"critic": "separate"}),
         "critic_learning_rate": Turn(0.01, "weights", {"critic": "separate"}),
         "critic_warmup": Turn(2, "weights"),
+        "share": Turn("all", "passes", {"reward_model": "{adapted_reward_model}", "lora_rank": 2}),
         "value_init": Turn("reward_model", "metrics", {"reward_model": "{reward_model}"}),
         "value_lr_scale": Turn(3.0, "weights"),
         "kl_coef": Turn(0.5, "weights"),
@@ -212,6 +221,8 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Box:
     folder = tmp_path_factory.mktemp("box")
     paths = toys.box(folder)
     other = toys.language_model(folder / "other", seed=1)
+    paths["adapted_reward_model"] = str(folder / "adapted")
+    toys.train("reward", paths, folder / "adapted", lora_rank=2)
     deep = toys.language_model(folder / "deep", seed=3, num_hidden_layers=3)
     return paths | {
         "other": other,
