@@ -93,7 +93,7 @@ def test_a_model_that_learns_is_refused() -> None:
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_every_phase_has_the_models_that_it_asks(exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reward model is lent to score, the reference to examine (and, for the exact divergence in the loss, to update),
+    """The reward model is lent to score, the reference to examine (for the exact divergence in the loss to update too),
     and neither stays for longer."""
     there: list[nn.Module | None] = []
     seen: list[tuple[str, list[str]]] = []
