@@ -127,7 +127,6 @@ def test_values_are_of_the_weights_of_now(critic: str, packed: Packed) -> None:
     with torch.no_grad():
         for p in policy.parameters():
             p.mul_(1.05)
-    policy.hidden(pack([Example([5], [6, 7])]))
     found = policy.appraise(packed)
     policy.hidden(packed)
     again = policy.appraise(packed)
