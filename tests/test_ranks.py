@@ -25,10 +25,11 @@ RICH = {
     "kl_horizon": 20, "ptx_data": "{documents}", "ptx_batch_size": 5,
 }  # fmt: skip
 STEADY = {"learning_rate": 1e-3, "adam_eps": 1e-5}  # AdamW divides what is nothing but rounding by its size
+ODD = {"tokens_per_micro": 8, "batch_size": 3} | STEADY
 UNPAIRED = {"loss": "kto", "data": "{unpaired}", "eval_data": "{labelled}", "precompute_reference": True}
 ALIKE = [
     Job("pretrain", "pretrain", {"batch_size": 3} | STEADY),
-    Job("sft", "sft", {"tokens_per_micro": 8} | STEADY),
+    Job("sft", "sft", ODD),
     Job("reward", "reward", {"centring_coef": 0.1}),
     Job("dpo", "dpo"),
     Job("kto", "dpo", UNPAIRED | {"batch_size": 5}),
@@ -238,7 +239,7 @@ def test_several_processes_are_for_training(monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_torchrun_starts_it(done: Done, tmp_path: Path) -> None:
-    options = toys.options("sft", done.box) | {"tokens_per_micro": 8} | STEADY
+    options = toys.options("sft", done.box) | ODD
     command = toys.command("sft", options | {"output_dir": str(tmp_path / "run")})
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "twinhead.engine.cli"]
     path = os.pathsep.join(filter(None, sys.path))

@@ -163,7 +163,7 @@ def logged() -> int:
 # Every moment is after step 6 was saved (or before anything was), in runs that save after steps 3, 6, 9 and 10.
 MOMENTS: dict[str, Callable[[], None]] = {
     "in the first line": lambda: in_a_line(lambda record: "config" in record),
-    "in an update": lambda: before(torch.optim.AdamW, "zero_grad", lambda *_, **__: logged() == 7),
+    "in an update": lambda: before(torch.optim.AdamW, "step", lambda *_, **__: logged() == 7),
     "in a line": lambda: in_a_line(lambda record: record.get("step") == 8),
     "after a line": lambda: before(Run, "save", lambda self, step: step == 9),
     "in a checkpoint": lambda: before(checkpoint, "save_state", lambda folder, *_: "checkpoint-9" in folder.name),
