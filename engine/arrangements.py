@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from twinhead.engine import lora, planning
 from twinhead.engine.lora import Lora
-from twinhead.engine.options import PPO
+from twinhead.engine.rollout_options import PPO
 
 RANK = 16  # of adapters where the options ask for none
 

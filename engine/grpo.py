@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from twinhead.engine import backbone, data, losses, mismatch, options, ranks, scorers
+from twinhead.engine import backbone, data, losses, mismatch, ranks, rollout_options, scorers
 from twinhead.engine.batch import Example, Rollout, cumulative, pack, segment_ids
 from twinhead.engine.data import Order, Prompt
 from twinhead.engine.evaluate import describe
@@ -42,7 +42,7 @@ from twinhead.engine.text import Text
 from twinhead.engine.trunk import check_fit, checkpoint_gradients, set_precision
 from twinhead.kernels import grpo_loss
 
-Config = options.GRPO
+Config = rollout_options.GRPO
 Evaluation = Callable[[Policy], dict[str, float]]
 Batch = list[list[Comparison]]  # minibatches of micro-batches
 

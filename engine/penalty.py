@@ -17,8 +17,8 @@ from torch import Tensor
 
 from twinhead.engine.batch import Packed
 from twinhead.engine.experience import Experience
-from twinhead.engine.options import PPO
 from twinhead.engine.policy import Policy
+from twinhead.engine.rollout_options import PPO
 from twinhead.kernels import kl_estimate, linear_kl
 
 

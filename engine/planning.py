@@ -43,7 +43,7 @@ from twinhead.engine import critic as critics
 from twinhead.engine.batch import Example, Packed, cumulative, pack
 from twinhead.engine.generate import PREFILL_TOKENS
 from twinhead.engine.lora import Lora
-from twinhead.engine.options import PPO
+from twinhead.engine.rollout_options import PPO
 from twinhead.kernels._head import blocks
 
 PHASES = ("load", "generate", "score", "examine", "update")

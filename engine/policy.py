@@ -22,7 +22,7 @@ from twinhead.engine.cache import SlotCache
 from twinhead.engine.critic import Branch, Separate
 from twinhead.engine.graphs import Workspace
 from twinhead.engine.lora import Lora
-from twinhead.engine.options import CRITICS
+from twinhead.engine.rollout_options import CRITICS
 from twinhead.kernels import linear_logprob
 
 REWARD_SPREAD = "twinhead_reward_spread"  # a key of config.json, beside weights.REWARD_NORMALISATION

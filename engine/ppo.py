@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from twinhead.engine import backbone, critic, data, losses, mismatch, options, penalty, planning, ranks, scorers
+from twinhead.engine import backbone, critic, data, losses, mismatch, penalty, planning, ranks, rollout_options, scorers
 from twinhead.engine.batch import Example, Packed, Rollout, pack, segment_sum
 from twinhead.engine.best import Best
 from twinhead.engine.critic import Separate
@@ -44,7 +44,7 @@ from twinhead.engine.trunk import check_fit, checkpoint_gradients, set_precision
 from twinhead.engine.validation import Evaluation, HeldOut, Validation
 from twinhead.kernels import gae, linear_ppo_loss
 
-Config = options.PPO
+Config = rollout_options.PPO
 plan = planning.plan
 
 

@@ -100,10 +100,10 @@ def test_what_is_documentation_has_its_sentences() -> None:
         ("engine/ppo.py", True),
         ("engine/ppo.py::train", True),
         ("engine/ppo.py::Config", True),
-        ("engine/options.py::PPO.kl_coef", True),
+        ("engine/rollout_options.py::PPO.kl_coef", True),
         ("engine/policy.py::Policy.value_from", True),
         ("engine/ppo.py::trained", False),
-        ("engine/options.py::PPO.kl_coeff", False),
+        ("engine/rollout_options.py::PPO.kl_coeff", False),
         ("engine/no.py", False),
     ],
 )
