@@ -6,12 +6,14 @@ from twinhead.engine import dpo, grpo, ppo, reward, sft
 from twinhead.engine.batch import Example, Packed, Rollout, pack
 from twinhead.engine.best_of import best_of
 from twinhead.engine.generate import generate, stream
+from twinhead.engine.lora import Lora
 from twinhead.engine.policy import Policy, RewardModel, Scored
 from twinhead.engine.sampling import Sampling
 from twinhead.engine.text import Text
 
 __all__ = [
     "Example",
+    "Lora",
     "Packed",
     "Policy",
     "RewardModel",

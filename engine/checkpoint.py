@@ -54,6 +54,8 @@ def merge_folder(target: Path, write: Callable[[Path], None]) -> None:
     write_folder(staged, write)
     (target / "config.json").unlink(missing_ok=True)
     for file in sorted(staged.iterdir(), key=lambda f: f.name == "config.json"):
+        if file.is_dir():  # one of a crash in between has to go first
+            shutil.rmtree(target / file.name, ignore_errors=True)
         os.replace(file, target / file.name)
     staged.rmdir()
     _sync_entry(target)

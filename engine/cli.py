@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import transformers
@@ -17,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from tyro.conf import Suppress
 
-from twinhead.engine import data, demo, dpo, grpo, ppo, report, reward, scorers, sft
+from twinhead.engine import arrangements, data, demo, dpo, grpo, ppo, presets, ranks, report, reward, scorers, sft
 from twinhead.engine.config import Source, check, parse
 from twinhead.engine.evaluate import accuracies, perplexity, win_rate
 from twinhead.engine.generate import generate
@@ -30,6 +31,7 @@ from twinhead.engine.text import Text, spoken
 class GenerateConfig(Sampling):
     """Answer prompts: one given on the command line, or the rows of a file."""
 
+    first_row: Suppress[int] = 0
     seeds: Suppress[tuple[int, ...] | None] = None
     stop_sequences: Suppress[tuple[tuple[int, ...], ...]] = ()
     bootstrap: Suppress[bool] = False  # there is no critic
@@ -108,14 +110,18 @@ def main(args: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             raise ValueError(f"unknown command{f', did you mean {near[0]}?' if near else ''} (see twinhead --help)")
+        if ranks.asked() > 1 and name not in TRAINING:
+            raise ValueError(f"expected one process for what is no training, got {ranks.asked()}")
         config_type, command = COMMANDS[name]
-        command(parse(config_type, rest, f"twinhead {name}"))
+        preset = partial(presets.options, stage=name) if name in presets.STAGES else None
+        command(parse(config_type, rest, f"twinhead {name}", preset))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"twinhead {name}: {error}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write(f"\ntwinhead {name}: interrupted; the same command goes on from the last checkpoint\n")
         return 130
+    ranks.leave()
     return 0
 
 
@@ -124,7 +130,9 @@ def usage() -> str:
     purpose = {name: re.split(r"[:.(]|, ", config.__doc__ or "")[0].strip() for name, (config, _) in COMMANDS.items()}
     lines = [f"  {name:<10}{what}" for name, what in purpose.items()]
     first = "usage: twinhead COMMAND [--config file.yaml] [--key value ...]"
-    return "\n".join([first, "", *lines, "", "twinhead COMMAND --help lists the options."])
+    known = [f"  {name:<13}{', '.join(stages)}" for name, stages in presets.stages().items()]
+    last = ["twinhead COMMAND --help lists the options.", "--preset name stands for several of them:", "", *known]
+    return "\n".join([first, "", *lines, "", *last])
 
 
 def run_demo(config: demo.Config) -> None:
@@ -137,7 +145,7 @@ def run_ppo(config: PPOConfig) -> None:
     """Train, or print what memory that would take."""
     chosen = ppo.Config(**{field.name: getattr(config, field.name) for field in fields(ppo.Config)})
     if config.plan:
-        Console().print(ppo.plan(chosen).table())
+        Console().print(ppo.plan(chosen).table(), arrangements.table(chosen))
     else:
         ppo.train(chosen)
 
@@ -221,3 +229,7 @@ COMMANDS: dict[str, tuple[type, Callable[..., object]]] = {
     "evaluate": (EvaluateConfig, run_evaluate),
     "report": (ReportConfig, run_report),
 }
+TRAINING = ("pretrain", "sft", "reward", "ppo", "dpo", "grpo")  # what several processes can do together
+
+if __name__ == "__main__":  # torchrun -m twinhead.engine.cli
+    sys.exit(main())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -15,6 +15,7 @@ import yaml
 
 C = TypeVar("C")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "mixed": torch.float32}
+ELSEWHERE = ("--config=", "--preset=")  # options that stand for others
 SCHEDULES = ("constant", "linear", "cosine")
 
 # A path or dataset name on the command line; in Python also the rows themselves.
@@ -44,12 +45,21 @@ class RunConfig:
     adam_eps: float = 1e-8
     adam_bits: int = 32
     """Of each number that AdamW remembers: 32, or 8 through torchao (the lowbit extra), a quarter of the memory."""
+    shard_optimizer: bool = False
+    """Of several processes each keeps AdamW's memory for its share of the weights (ZeRO-1); no number changes."""
     max_grad_norm: float = 1.0
     """Global norm that gradients are clipped to; 0 switches clipping off."""
     tokens_per_micro: int = 16384
     """Tokens in one forward and backward pass. A memory knob: it cannot change the gradient."""
     gradient_checkpointing: bool = False
     """Keep each layer's input alone and compute the layer again for the gradient: less memory, a third more work."""
+    lora_rank: int = 0
+    """Of low-rank adapters on frozen weights, which alone learn (Hu et al. 2021), at some ten times the learning rate;
+    0: all weights learn."""
+    lora_alpha: int | None = None
+    """What adapters add is scaled by lora_alpha / lora_rank; None: by 2."""
+    lora_targets: tuple[str, ...] = ()
+    """Layers that get an adapter, such as q_proj; none: all linear layers of the trunk."""
     save_every: int = 0
     """Steps between checkpoints to resume from; 0: only at the end."""
     keep_checkpoints: int = 1
@@ -69,6 +79,12 @@ class RunConfig:
             adam_bits=(self.adam_bits in (8, 32), "8 or 32"),
             max_grad_norm=(self.max_grad_norm >= 0, "at least 0 (0: no clipping)"),
             tokens_per_micro=(self.tokens_per_micro >= 1, "at least 1"),
+            lora_rank=(self.lora_rank >= 0, "at least 0 (0: all weights learn)"),
+            lora_alpha=(
+                self.lora_alpha is None or (self.lora_rank > 0 and self.lora_alpha >= 1),
+                "at least 1, with lora_rank",
+            ),
+            lora_targets=(self.lora_rank > 0 or not self.lora_targets, "none without lora_rank"),
             save_every=(self.save_every >= 0, "at least 0 (0: only at the end)"),
             keep_checkpoints=(self.keep_checkpoints >= 1, "at least 1"),
         )
@@ -98,21 +114,35 @@ def check(config: object, **rules: tuple[bool, str]) -> None:
             raise ValueError(f"{name}: expected {expected}, got {getattr(config, name)!r}")
 
 
-def parse(cls: type[C], args: Sequence[str], program: str) -> C:
+def parse(
+    cls: type[C], args: Sequence[str], program: str, preset: Callable[[str], Mapping[str, Any]] | None = None
+) -> C:
     """A config from `--config file.yaml` and `--key value` options, which win over the file.
 
-    Raises ValueError for an unknown option (with the nearest right one), a missing file or a file that is no mapping.
+    `--preset name` stands for the options that `preset` gives for it, over which both win. Raises ValueError for an
+    unknown option (with the nearest right one), a missing file or a file that is no mapping.
     """
-    given = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-    if "--config" in given:
-        at = given.index("--config")
-        if at + 1 == len(given):
-            raise ValueError("--config: expected the path of a YAML file, got nothing")
-        given = read_yaml(cls, given[at + 1]) + given[:at] + given[at + 2 :]
+    given = [part for arg in args for part in (arg.split("=", 1) if arg.startswith(ELSEWHERE) else [arg])]
+    file, given = _taken(given, "--config", "the path of a YAML file")
+    name, given = _taken(given, "--preset", "a name") if preset is not None else (None, given)
+    if file is not None:
+        given = read_yaml(cls, file) + given
+    if name is not None and preset is not None:
+        given = words(preset(name)) + given
     for arg in given:
         if arg.startswith("--"):
             _known(cls, arg.removeprefix("--").split("=")[0].replace("-", "_"))
     return tyro.cli(cls, args=given, prog=program, use_underscores=True)
+
+
+def _taken(given: list[str], option: str, value: str) -> tuple[str | None, list[str]]:
+    """What stands behind an option, and the words without both."""
+    if option not in given:
+        return None, given
+    at = given.index(option)
+    if at + 1 == len(given):
+        raise ValueError(f"{option}: expected {value}, got nothing")
+    return given[at + 1], given[:at] + given[at + 2 :]
 
 
 def read_yaml(cls: type, path: str) -> list[str]:
@@ -125,9 +155,15 @@ def read_yaml(cls: type, path: str) -> list[str]:
         raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path}: expected a mapping of options, got {type(options).__name__}")
+    for name in options:
+        _known(cls, str(name))
+    return words(options)
+
+
+def words(options: Mapping[str, Any]) -> list[str]:
+    """Options as they stand on the command line."""
     args: list[str] = []
     for name, value in options.items():
-        _known(cls, str(name))
         if isinstance(value, bool):
             args.append(f"--{name}" if value else f"--no_{name}")
         else:

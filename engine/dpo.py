@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twinhead.engine import data, losses, options
-from twinhead.engine.batch import Example, cumulative, micro_batches, pack
+from twinhead.engine import backbone, data, losses, options, ranks
+from twinhead.engine.batch import Example, cumulative, pack
 from twinhead.engine.config import Source
 from twinhead.engine.data import Order, Unpaired
+from twinhead.engine.lora import Lora
 from twinhead.engine.metrics import Sums
 from twinhead.engine.optim import Optimizer
 from twinhead.engine.policy import Policy
@@ -29,6 +30,7 @@ from twinhead.engine.reference import Reference, response_logprobs
 from twinhead.engine.rows import source_name
 from twinhead.engine.run import Run
 from twinhead.engine.scorers import check_tokenizer
+from twinhead.engine.shares import micro_batches
 from twinhead.engine.text import Text
 from twinhead.engine.trunk import check_fit, checkpoint_gradients, set_precision
 from twinhead.kernels import dpo_loss
@@ -68,7 +70,8 @@ def train(config: Config) -> Run:
     train_set, summary = read(config.data, text, config)
     eval_set, _ = read(config.eval_data, text, config) if config.eval_data else ([], "")
     run.say(summary)
-    policy = Policy.from_pretrained(run.resume_from or config.model, "none", config.torch_dtype, config.torch_device)
+    dtype, device = config.torch_dtype, config.torch_device
+    policy = Policy.from_pretrained(config.model, "none", dtype, device, Lora.of(config), run.resume_from)
     set_precision(policy.model, config.dtype)
     examples = [e for judged in [*train_set, *eval_set] for e in (*judged.answers, judged.stranger) if e]
     check_fit(policy.model, examples)
@@ -79,7 +82,7 @@ def train(config: Config) -> Run:
     optimizer = Optimizer(policy, config, total)
     run.track(policy, text, optimizer=optimizer)
     with run.timed("reference"):
-        reference = load_reference(run, text, examples, config)
+        reference = load_reference(policy, run, text, examples, config)
 
     for step in run.steps(total):
         with run.timed("update"):
@@ -129,16 +132,18 @@ def strangers(items: Sequence[Unpaired], max_length: int, seed: int) -> list[Exa
     return [found[i] for i in range(len(items))]
 
 
-def load_reference(run: Run, text: Text, examples: Sequence[Example], config: Config) -> Reference:
+def load_reference(learner: Policy, run: Run, text: Text, examples: Sequence[Example], config: Config) -> Reference:
     """The frozen policy that log-ratios are taken to, or what it says of all examples, computed once.
 
-    Raises ValueError when it does not read the policy's token ids.
+    A learner with adapters is its own without them. Raises ValueError when it does not read the policy's token ids.
     """
-    path = config.reference or config.model
-    check_tokenizer(path, text, "reference")
-    policy = Policy.from_pretrained(path, "none", config.torch_dtype, config.torch_device).requires_grad_(False).eval()
-    set_precision(policy.model, config.dtype)
-    check_fit(policy.model, examples)
+    policy: Policy | None = None if config.reference else backbone.reference(learner)
+    if policy is None:
+        path, dtype, device = config.reference or config.model, config.torch_dtype, config.torch_device
+        check_tokenizer(path, text, "reference")
+        policy = Policy.from_pretrained(path, "none", dtype, device).requires_grad_(False).eval()
+        set_precision(policy.model, config.dtype)
+        check_fit(policy.model, examples)
     if config.precompute_reference:
         return Reference.precomputed(policy, examples, run.dir, config.tokens_per_micro)
     return Reference(policy)
@@ -251,4 +256,4 @@ def measure_kl(policy: Policy, reference: Reference, batch: Sequence[Judged], co
     for micro in micro_batches(others, lengths, config.tokens_per_micro):
         packed = pack(micro, policy.device)
         ratios.append(response_logprobs(policy, packed) - reference(packed, micro))
-    return losses.kl_baseline(torch.cat(ratios))
+    return losses.kl_baseline(ranks.cat(ratios))

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from twinhead.engine import losses
+from twinhead.engine import losses, ranks
 from twinhead.engine.batch import Example, Rollout, TokenSequence, cumulative, micro_batches, pack
 from twinhead.engine.data import Prompt
 from twinhead.engine.experience import Batch
@@ -203,13 +203,13 @@ def describe(rollouts: Sequence[Rollout], sources: dict[str, Tensor]) -> dict[st
     }
 
 
-def objective(batch: Batch, kl: Tensor, scores: Tensor, kl_coef: float) -> dict[str, float]:
-    """Statistics of what PPO maximises (spec 3.8). kl: (S,) nats per sequence; scores: (S,) after the EOS rule."""
+def objective(batch: Batch, kl: Tensor, scores: Tensor, non_score: float) -> dict[str, float]:
+    """Statistics of what PPO maximises (spec 3.8). kl: (S,) nats per sequence, k1 whatever the penalty is; scores: (S,)
+    after the EOS rule; non_score: the mean sum of a sequence's other rewards."""
     every = [e for minibatch in batch for e in minibatch]
     values, returns, advantages = (
-        torch.cat([getattr(e, name) for e in every]).double() for name in ("values", "returns", "advantages")
+        ranks.cat([getattr(e, name) for e in every]).double() for name in ("values", "returns", "advantages")
     )
-    non_score = -kl_coef * kl.double().mean().item()
     return {
         "objective/kl": kl.double().mean().item(),
         "objective/kl_token": kl.double().sum().item() / len(values),

@@ -18,29 +18,31 @@ All of DAPO is loss=dapo with resample and overlong_buffer. Every per-token tens
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from twinhead.engine import data, losses, mismatch, options, scorers
+from twinhead.engine import backbone, data, losses, mismatch, ranks, rollout_options, scorers
 from twinhead.engine.batch import Example, Rollout, cumulative, pack, segment_ids
 from twinhead.engine.data import Order, Prompt
 from twinhead.engine.evaluate import describe
 from twinhead.engine.experience import Comparison, corrected, deal
-from twinhead.engine.generate import generate
+from twinhead.engine.lora import Lora
 from twinhead.engine.metrics import Sums
 from twinhead.engine.optim import Optimizer
 from twinhead.engine.policy import Policy
 from twinhead.engine.run import Run
 from twinhead.engine.sampling import Sampling
 from twinhead.engine.scorers import ProcessFunction, RewardFunction, Scorer
+from twinhead.engine.shares import generate
 from twinhead.engine.text import Text
 from twinhead.engine.trunk import check_fit, checkpoint_gradients, set_precision
 from twinhead.kernels import grpo_loss
 
-Config = options.GRPO
+Config = rollout_options.GRPO
 Evaluation = Callable[[Policy], dict[str, float]]
 Batch = list[list[Comparison]]  # minibatches of micro-batches
 
@@ -90,7 +92,8 @@ class Judge:
         scores, sources = self.scorer(rollouts, asked)
         if self.process is None:
             return scores, None, sources
-        return scores, scorers.score_steps(self.process, self.scorer.text, rollouts, asked), sources
+        steps = ranks.first(partial(scorers.score_steps, self.process, self.scorer.text, rollouts, asked))
+        return scores, steps, sources
 
 
 def train(
@@ -138,7 +141,7 @@ def train(
             run.say(f"step {step}: {mismatch.warning(updated['mismatch/mean'], config.mismatch_alarm)}")
         if evaluate is not None and config.eval_every and step % config.eval_every == 0:
             with run.timed("evaluate"):
-                stats |= {f"eval/{name}": value for name, value in evaluate(policy).items()}
+                stats |= {f"eval/{name}": value for name, value in ranks.first(partial(evaluate, policy)).items()}
         run.log(step, stats | examined | updated, note=f"score {examined['objective/score']:.2f}")
     return run.finish()
 
@@ -148,11 +151,11 @@ def load(
 ) -> tuple[Policy, Policy | None, Scorer]:
     """The policy to train, the reference it is held to (None without beta), and the source of its rewards."""
     dtype, device = config.torch_dtype, config.torch_device
-    policy = Policy.from_pretrained(run.resume_from or config.model, "none", dtype, device)
+    policy = Policy.from_pretrained(config.model, "none", dtype, device, Lora.of(config), run.resume_from)
     if config.gradient_checkpointing:
         checkpoint_gradients(policy.model)
-    reference = None
-    if config.beta > 0:
+    reference: Policy | None = backbone.reference(policy) if config.beta > 0 else None
+    if config.beta > 0 and reference is None:
         reference = Policy.from_pretrained(config.model, "none", dtype, device).requires_grad_(False).eval()
     judge = scorers.load_reward_model(config.reward_model, text, dtype, device) if config.reward_model else None
     for model in filter(None, (policy, reference, judge)):
@@ -241,9 +244,8 @@ def examine(
         "objective/score_std": scores.std(correction=0).item(),
         "adv/abs_mean": torch.cat([c.advantages for c in every]).abs().double().mean().item(),
     }
-    if kls:
-        measured["objective/kl"] = torch.cat(kls).double().mean().item()
-    batch = [minibatch for minibatch in batch if minibatch]  # dropped groups may leave fewer responses than minibatches
+    if reference is not None:
+        measured["objective/kl"] = ranks.cat(kls).double().mean().item()
     return batch if config.importance_cap is None else corrected(batch, config.importance_cap), measured
 
 
@@ -253,41 +255,45 @@ def update(policy: Policy, optimizer: Optimizer, batch: Batch, config: Config, r
     first: list[tuple[Tensor, Tensor]] = []  # log-probs of the trainer and of the sampler, before any update
     for _ in range(config.epochs):
         for minibatch in rng.sample(batch, len(batch)):
+            counts = count(minibatch, config)
             for comparison in minibatch:
-                stats, logprobs = learn(policy, comparison, minibatch, config)
+                stats, logprobs = learn(policy, comparison, counts, config)
                 sums.add(stats)
                 if num_updates == 0:
                     sums.add({"first_ratio_gap": losses.ratio_gap(logprobs, comparison.logprobs)})
                     first.append((logprobs, comparison.sampled))
-            sums.add(optimizer.step())
+            sums.add(optimizer.step(), whole=True)
             num_updates += 1
     gaps = Sums()
-    gaps.add(mismatch.measure(*map(torch.cat, zip(*first, strict=True))))
+    gaps.add(mismatch.measure(*(ranks.cat([pair[i] for pair in first]) for i in (0, 1))), whole=True)
     updated = sums.take(num_updates, prefix="policy/") | gaps.take(prefix="mismatch/")
     return updated | {"policy/num_updates": num_updates}
 
 
+def count(minibatch: Sequence[Comparison], config: Config) -> dict[str, int]:
+    """What a loss may be a mean over (Member.mean), of this minibatch on all ranks."""
+    tokens = ranks.total(sum(c.packed.num_targets for c in minibatch))
+    responses = ranks.total(sum(c.packed.num_sequences for c in minibatch))
+    return {"responses": responses, "tokens": tokens, "places": responses * config.max_new_tokens}
+
+
 def learn(
-    policy: Policy, comparison: Comparison, minibatch: Sequence[Comparison], config: Config
+    policy: Policy, comparison: Comparison, counts: Mapping[str, int], config: Config
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Add the gradient of one micro-batch's share of the loss; its statistics, and the log-probs (R,) of its tokens."""
     scored = policy(comparison.packed, temperature=config.temperature)
     assert scored.entropy is not None, "it was asked for"
-    loss, stats = objective(scored.logprobs, comparison, minibatch, config)
+    loss, stats = objective(scored.logprobs, comparison, counts, config)
     loss.backward()
-    num_tokens = sum(c.packed.num_targets for c in minibatch)
-    return stats | {"entropy": scored.entropy.detach().sum() / num_tokens}, scored.logprobs.detach()
+    return stats | {"entropy": scored.entropy.detach().sum() / counts["tokens"]}, scored.logprobs.detach()
 
 
 def objective(
-    logprobs: Tensor, comparison: Comparison, minibatch: Sequence[Comparison], config: Config
+    logprobs: Tensor, comparison: Comparison, counts: Mapping[str, int], config: Config
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One micro-batch's share of the loss of its minibatch, and of its statistics. logprobs: (R,) of the policy."""
     member, (clip_low, clip_high) = FAMILY[config.loss], config.clips
     packed, old_logprobs, ref_logprobs = comparison.packed, comparison.logprobs, comparison.ref_logprobs
-    num_tokens = sum(c.packed.num_targets for c in minibatch)
-    num_responses = sum(c.packed.num_sequences for c in minibatch)
-    counts = {"responses": num_responses, "tokens": num_tokens, "places": num_responses * config.max_new_tokens}
     if member.whole:
         old_logprobs = losses.response_ratio(logprobs, old_logprobs, packed.cu_rows)
     loss, stats = grpo_loss(
@@ -296,5 +302,5 @@ def objective(
         loss_type=member.loss_type, normalizer=counts[member.mean],
     )  # fmt: skip
     means = ("approx_kl", "approx_kl_k3", "clipfrac", "ratio_mean") + (() if ref_logprobs is None else ("ref_kl",))
-    shares = {name: stats[name] * (packed.num_targets / num_tokens) for name in means}
+    shares = {name: stats[name] * (packed.num_targets / counts["tokens"]) for name in means}
     return loss, shares | {"loss": loss.detach(), "ratio_max": stats["ratio_max"]}

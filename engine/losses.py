@@ -110,14 +110,27 @@ def eos_rule(
     return scores
 
 
-def token_rewards(logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, cu_rows: Tensor, kl_coef: float) -> Tensor:
-    """(R,): -kl_coef * (log pi - log pi_ref) at every token, plus the sequence's score at its last one.
+def token_rewards(kl: Tensor, scores: Tensor, cu_rows: Tensor, kl_coef: float) -> Tensor:
+    """(R,): -kl_coef * kl at every token, plus the sequence's score at its last one.
 
-    Ziegler et al. 2019, equation 2. The score of an empty response has no token to land on and is dropped.
+    Ziegler et al. 2019, equation 2, where kl (R,) is log pi - log pi_ref. The score of an empty response has no token
+    to land on and is dropped.
     """
-    rewards = -kl_coef * kl_estimate(logprobs, ref_logprobs, kind="k1")
+    rewards = -kl_coef * kl
     some = cu_rows.diff() > 0
     return rewards.index_add(0, cu_rows[1:][some].long() - 1, scores[some].to(rewards.dtype))
+
+
+def bandit(rewards: Tensor, values: Tensor, cu_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(R,) advantages and (R,) returns of whole responses: the response is one action and the prompt the only state.
+
+    Every token's return is the sum of the response's rewards, and its advantage that less the value of the state before
+    the first token. rewards, values: (R,). Where all reward comes at the end this is GAE with gamma = lam = 1 and that
+    one value everywhere.
+    """
+    owner = segment_ids(cu_rows)
+    returns = segment_sum(rewards, cu_rows)[owner]
+    return returns - values[cu_rows[:-1].long()[owner]], returns
 
 
 class AdaptiveKL:

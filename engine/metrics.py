@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twinhead.engine import ranks
+
 KEPT = ("_max", "_gap")
 
 
 class Sums:
-    """Running sums of statistics over micro-batches and minibatches; nothing leaves the device before take().
+    """Running sums of statistics over micro-batches, minibatches and ranks; nothing leaves the device before take().
 
     Names that end in "_max" or "_gap" keep their maximum instead.
     """
@@ -24,9 +26,9 @@ class Sums:
     def __init__(self) -> None:
         self._totals: dict[str, Tensor] = {}
 
-    def add(self, values: Mapping[str, Tensor | float]) -> None:
-        """Add one more share of every statistic."""
-        for name, value in values.items():
+    def add(self, values: Mapping[str, Tensor | float], whole: bool = False) -> None:
+        """Add one more share of every statistic; `whole`: it is that of all ranks, each of which adds it here."""
+        for name, value in values.items() if not whole or ranks.rank() == 0 else ():
             share = torch.as_tensor(value, dtype=torch.float64).detach()
             if name not in self._totals:
                 self._totals[name] = share
@@ -36,13 +38,19 @@ class Sums:
                 self._totals[name] = self._totals[name] + share
 
     def take(self, count: int = 1, prefix: str = "") -> dict[str, float]:
-        """The sums divided by `count`, and the maxima as they are, in one transfer."""
+        """The sums over all ranks divided by `count`, and the maxima as they are, in one transfer."""
+        found, *others = ranks.gathered(self._values())
+        if others:
+            together = Sums()
+            for share in (found, *others):
+                together.add(share)
+            found = together._values()
+        return {prefix + name: value if name.endswith(KEPT) else value / count for name, value in found.items()}
+
+    def _values(self) -> dict[str, float]:
         names = list(self._totals)
         values = torch.stack([self._totals[n] for n in names]).tolist() if names else []
-        return {
-            prefix + name: value if name.endswith(KEPT) else value / count
-            for name, value in zip(names, values, strict=True)
-        }
+        return dict(zip(names, values, strict=True))
 
 
 class JsonLines:

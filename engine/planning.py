@@ -14,6 +14,7 @@ worst case is planned: every prompt of `max_prompt_tokens`, every response of `m
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,16 +30,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     DynamicCache,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
-from twinhead.engine import adam, attention, trunk
+from twinhead.engine import adam, attention, lora, ranks, trunk
+from twinhead.engine import critic as critics
 from twinhead.engine.batch import Example, Packed, cumulative, pack
 from twinhead.engine.generate import PREFILL_TOKENS
-from twinhead.engine.options import PPO
+from twinhead.engine.lora import Lora
+from twinhead.engine.rollout_options import PPO
 from twinhead.kernels._head import blocks
 
 PHASES = ("load", "generate", "score", "examine", "update")
@@ -91,21 +96,30 @@ def plan(config: PPO) -> Plan:
     Raises ValueError for a folder without a model, and Unplannable.
     """
     with FakeTensorMode():
-        policy = _outline(AutoModelForCausalLM, config.model, config)
-        reference = _outline(AutoModelForCausalLM, config.reference, config) if config.reference else policy
+        policy = outline(AutoModelForCausalLM, config.model, config)
+        if chosen := Lora.of(config):
+            lora.attach(policy, chosen, empty=True)
+        reference = outline(AutoModelForCausalLM, config.reference, config) if config.reference else policy
         paths = [config.reward_model] if config.reward_model else config.reward_models
-        judges = [_outline(AutoModelForSequenceClassification, path, config, num_labels=1) for path in paths]
+        judges = [outline(AutoModelForSequenceClassification, path, config, num_labels=1) for path in paths]
+        network = _network(config, policy)
         try:
-            return Plan(tuple(part for part in _parts(config, policy, reference, judges) if part.bytes))
+            return Plan(tuple(part for part in _parts(config, policy, reference, judges, network) if part.bytes))
         except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise Unplannable(f"plan: expected passes that run without data, got {config.model!r}: {reason}") from error
 
 
 def _parts(
-    config: PPO, policy: PreTrainedModel, reference: PreTrainedModel, judges: Sequence[PreTrainedModel]
+    config: PPO,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    judges: Sequence[PreTrainedModel],
+    network: PreTrainedModel | None,
 ) -> Iterator[Part]:
     words, width = policy.get_output_embeddings().weight.shape
+    valued = width if network is None else network.get_input_embeddings().weight.shape[1]
+    own = [] if network is None else _own(config, network)
     batch, slots = config.rollouts_per_step, min(config.num_slots, config.rollouts_per_step)
     length = config.max_prompt_tokens + config.max_new_tokens
     sequences = min(-(-batch // config.minibatches), max(1, config.tokens_per_micro // length))  # of one micro-batch
@@ -113,15 +127,26 @@ def _parts(
     home = () if config.offload else PHASES
     later = PHASES[1:]
 
-    size, moments = _bytes(policy), sum(map(partial(_moments, config), policy.parameters()))
+    learning = [p for p in policy.parameters() if p.requires_grad]
+    size, remembered = _bytes(policy), sum(map(partial(moments, config), (*learning, *own)))
     yield Part("policy", size, PHASES)
-    yield Part("value head", 4 * (width + 1), PHASES)
-    yield Part(f"Adam, {config.adam_bits} bits", moments + 8 * (width + 1), later)
-    yield Part("reference", _bytes(reference), home or ("examine",))
-    if judges:
+    yield Part("critic", sum(p.nbytes for p in own), PHASES)
+    yield Part("value head", 4 * (valued + 1), PHASES)
+    yield Part("average of the weights", 0 if config.ema_decay is None else 4 * policy.num_parameters(), PHASES)
+    yield Part(f"Adam, {config.adam_bits} bits", remembered + 8 * (valued + 1), later)
+    exact = config.kl_kind == "full" and config.kl_in == "loss"
+    alone = config.reference or not config.lora_rank  # else it is the policy's base
+    asked = home or (("examine", "update") if exact else ("examine",))
+    yield Part("reference", _bytes(reference) if alone else 0, asked)
+    if judges and config.share == "all":
+        paths = [config.reward_model] if config.reward_model else config.reward_models
+        sizes = (lora.num_weights(judge, lora.described(path)) for judge, path in zip(judges, paths, strict=True))
+        yield Part("adapter and head of the reward model", 4 * (sum(sizes) + width * len(judges)), PHASES)
+    elif judges:
         unread = sum(j.get_input_embeddings().weight.nbytes for j in judges) if config.device_type == "cpu" else 0
         yield Part("reward model", sum(map(_bytes, judges)) - unread, home or ("score",))
         yield Part("its embedding, once it is read", unread, later)
+    if judges:
         yield Part("pass of the reward model", max(_pass(judge, everyone) for judge in judges), ("score",))
     cache = slots * length * _bytes_of_a_token(policy)
     kept = config.cuda_graphs and config.device_type == "cuda"  # graphs were captured with its addresses
@@ -134,28 +159,69 @@ def _parts(
     numbers = batch * (4 * length + 8 * config.max_new_tokens) * 8  # packed int64, and float32 of every response token
     yield Part("rollouts and experience", numbers, later)
     head = _block(micro, words, width, config)
-    yield Part("pass of the reference", max(_pass(reference, micro), head + _rows(micro, width, config)), ("examine",))
-    gradients = _bytes(policy) + 4 * (width + 1)
-    yield Part("gradients", gradients, ("update",))
     several = batch > sequences * config.minibatches
-    learning = _learning(policy, micro, head, several, config)
+    examined, valuing = (0, 0) if network is None else _valuing(network, own, micro, several)
+    passed = max(_pass(reference, micro), examined, head + _rows(micro, width, config))
+    yield Part("pass of the reference", passed, ("examine",))
+    states = batch * config.max_new_tokens * reference.get_input_embeddings().weight.shape[1]
+    yield Part("states of the reference", states * config.torch_dtype.itemsize if exact else 0, ("examine", "update"))
+    gradients = sum(p.nbytes for p in learning) + 4 * (width + 1)
+    yield Part("gradients", gradients, ("update",))
+    yield Part("critic's gradients and activations", valuing, ("update",))
+    living = _learning(policy, micro, head, several, config)
     if config.ptx_data:
         text = pack([Example([], [0] * config.ptx_max_length)] * config.ptx_batch_size)
-        learning = max(learning, _learning(policy, text, _block(text, words, width, config), True, config))
+        living = max(living, _learning(policy, text, _block(text, words, width, config), True, config))
     yield Part("logits of the fused head", head, ("update",))
-    yield Part("activations of a micro-batch", max(0, learning - gradients - head), ("update",))
+    yield Part("activations of a micro-batch", max(0, living - gradients - head), ("update",))
 
 
-def _outline(factory: Any, path: str, config: PPO, **options: Any) -> PreTrainedModel:
+def _network(config: PPO, policy: PreTrainedModel) -> PreTrainedModel | None:
+    """The layers that a critic has of its own: those of a branch as a trunk of as many, which costs a pass the same."""
+    if config.critic == "branch":
+        critics.check_branch(config.branch_layers, trunk.num_layers(policy))
+        described = copy.deepcopy(policy.config)
+        critics.keep_top(described, config.branch_layers)
+        return _shaped(AutoModel, described, config)
+    if config.critic != "separate":
+        return None
+    beside = critics.found(config.model, "separate")
+    judge = config.reward_model if config.value_init == "reward_model" else ""
+    return outline(AutoModel, str(beside or judge or config.critic_model or config.model), config)
+
+
+def _own(config: PPO, network: PreTrainedModel) -> list[nn.Parameter]:
+    """The weights that the critic alone has: a branch shares the policy's embeddings."""
+    shared = [m.weight for m in network.modules() if isinstance(m, nn.Embedding) and config.critic == "branch"]
+    return [p for p in network.parameters() if all(p is not other for other in shared)]
+
+
+def _valuing(network: PreTrainedModel, own: list[nn.Parameter], packed: Packed, several: bool) -> tuple[int, int]:
+    """The most that lives during a pass of a critic's own layers that keeps nothing, and while they learn from one."""
+    network.requires_grad_(False)
+    for p in own:
+        p.requires_grad_(True)
+    with Meter(network) as meter:
+        for _ in range(2 if several else 1):
+            trunk.packed_pass(network, packed)[packed.rows].sum().backward()
+    return _pass(network, packed), meter.peak
+
+
+def outline(factory: Any, path: str, config: PPO, **options: Any) -> PreTrainedModel:
     """A model that has shapes and no data, with our attention."""
     if path.startswith((".", "/")) and not Path(path).is_dir():
         raise ValueError(f"expected a checkpoint folder, got {path!r}, which does not exist")
     try:
-        described = AutoConfig.from_pretrained(path, **options)
-        model = factory.from_config(described, dtype=config.torch_dtype).eval()
+        return _shaped(factory, AutoConfig.from_pretrained(path, **options), config)
+    except Unplannable:
+        raise
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path!r} cannot be loaded as {factory.__name__}: {reason}") from error
+
+
+def _shaped(factory: Any, described: PreTrainedConfig, config: PPO) -> PreTrainedModel:
+    model = factory.from_config(described, dtype=config.torch_dtype).eval()
     if experts := [type(m).__name__ for m in model.modules() if type(m).__name__.endswith("Experts")]:
         raise Unplannable(f"plan: expected a model without experts, which work on what they like, got {experts[0]}")
     model.set_attn_implementation(attention.NAME)
@@ -171,9 +237,10 @@ def _bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def _moments(config: PPO, p: nn.Parameter) -> int:
+def moments(config: PPO, p: nn.Parameter) -> int:
     """Both of Adam's: in 8 bits a byte and a 256th of a float32 scale for each number."""
-    return 2 * (p.numel() + 4 * p.numel() // adam.BLOCK) if adam.in_8_bits(p, config) else 2 * p.nbytes
+    both = 2 * (p.numel() + 4 * p.numel() // adam.BLOCK) if adam.in_8_bits(p, config) else 2 * p.nbytes
+    return both // ranks.size() if config.shard_optimizer else both
 
 
 def _bytes_of_a_token(model: PreTrainedModel) -> int:
@@ -211,7 +278,7 @@ def _learning(model: PreTrainedModel, packed: Packed, block: int, several: bool,
     The fused head holds a block of logits beside the gradients of its rows and of its matrix, and backward multiplies
     those by the slope of the loss, into new memory.
     """
-    model.requires_grad_(True).zero_grad()
+    model.zero_grad()
     if config.gradient_checkpointing:
         trunk.checkpoint_gradients(model)
     weight = model.get_output_embeddings().weight
@@ -219,13 +286,14 @@ def _learning(model: PreTrainedModel, packed: Packed, block: int, several: bool,
         for _ in range(2 if several else 1):
             rows = trunk.packed_pass(model, packed)[packed.rows]
             logits = torch.empty(block, dtype=torch.uint8)
-            found = torch.empty_like(rows), torch.empty_like(weight, dtype=torch.float32)
+            learned = [rows, weight] if weight.requires_grad else [rows]
+            found = [torch.empty_like(x, dtype=kind) for x, kind in zip(learned, (None, torch.float32), strict=False)]
             del logits
             slopes = [x * 1 for x in found]
             del found
-            torch.autograd.backward([rows, weight], [slopes.pop(0), slopes.pop(0).to(weight.dtype)])
-            del rows
-    model.requires_grad_(False).eval()
+            torch.autograd.backward(learned, [slopes.pop(0).to(x.dtype) for x in learned])
+            del rows, learned
+    model.eval()
     return meter.peak
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from twinhead.engine import checkpoint
+from twinhead.engine import checkpoint, ranks
 from twinhead.engine.batch import Example, Packed, micro_batches, pack, segment_sum
 from twinhead.engine.policy import Policy
 from twinhead.engine.trunk import MIXED
@@ -35,7 +35,7 @@ class Reference:
 
     @classmethod
     def precomputed(cls, policy: Policy, examples: Sequence[Example], folder: Path, tokens_per_micro: int) -> Reference:
-        """Answer from a table in `folder`, which is first filled with what it does not hold of these examples yet.
+        """Answer from a table in `folder`, which all ranks first fill with what it does not hold of these examples yet.
 
         Everything in it is known by what it depends on: a table of other weights, another dtype or another
         configuration is thrown away, and a response that is written or cut in another way is another one.
@@ -43,16 +43,16 @@ class Reference:
         fingerprint = policy_fingerprint(policy)
         table = _read(folder / FILE, fingerprint)
         missing = {name: e for e in examples if (name := example_fingerprint(e)) not in table}
-        lengths = [len(e.prompt) + len(e.response) for e in missing.values()]
-        micros = list(micro_batches(list(missing.items()), lengths, tokens_per_micro))
-        console = Console(stderr=True)
-        for micro in track(micros, "reference", console=console, transient=True, disable=not console.is_terminal):
-            names, asked = zip(*micro, strict=True)
-            with torch.no_grad():
-                found = response_logprobs(policy, pack(asked, policy.device))
-            table |= zip(names, found.tolist(), strict=True)
+        named = [*missing.items()]
+
+        def ask(part: range) -> dict[str, float]:
+            return _ask(policy, named[part.start : part.stop], tokens_per_micro)
+
+        for found in ranks.spread(ask, len(named)):
+            table |= found
         if missing:
-            checkpoint.write_file(folder / FILE, json.dumps({"policy": fingerprint, "logprobs": table}))
+            content = json.dumps({"policy": fingerprint, "logprobs": table})
+            ranks.first(lambda: checkpoint.write_file(folder / FILE, content))
         return cls(None, table)
 
     @torch.no_grad()
@@ -71,8 +71,8 @@ def policy_fingerprint(policy: Policy) -> str:
     settings = {name: value for name, value in policy.model.config.to_dict().items() if name not in origin}
     settings["mixed"] = getattr(policy.model, MIXED, False)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for tensor in policy.model.state_dict().values():
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    for tensor in policy.state().values():
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -83,6 +83,19 @@ def example_fingerprint(example: Example) -> str:
     for part in (array("q", example.prompt), array("q", example.response), learn):
         digest.update(part)
     return digest.hexdigest()
+
+
+@torch.no_grad()
+def _ask(policy: Policy, named: Sequence[tuple[str, Example]], tokens_per_micro: int) -> dict[str, float]:
+    """What the policy says of examples, by their fingerprints."""
+    lengths = [len(e.prompt) + len(e.response) for _, e in named]
+    micros = list(micro_batches(named, lengths, tokens_per_micro))
+    console = Console(stderr=True, quiet=ranks.rank() > 0)
+    table: dict[str, float] = {}
+    for micro in track(micros, "reference", console=console, transient=True, disable=not console.is_terminal):
+        found = response_logprobs(policy, pack([example for _, example in micro], policy.device))
+        table |= zip((name for name, _ in micro), found.tolist(), strict=True)
+    return table
 
 
 def _read(file: Path, fingerprint: str) -> dict[str, float]:

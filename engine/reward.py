@@ -11,14 +11,16 @@ from collections.abc import Sequence
 import torch
 
 from twinhead.engine import data, losses, options
-from twinhead.engine.batch import Example, micro_batches
+from twinhead.engine.batch import Example
 from twinhead.engine.data import Comparison, Order
 from twinhead.engine.evaluate import accuracies, score_groups
+from twinhead.engine.lora import Lora
 from twinhead.engine.metrics import Sums
 from twinhead.engine.optim import Optimizer
 from twinhead.engine.policy import RewardModel
 from twinhead.engine.run import Run
 from twinhead.engine.scorers import model_scores
+from twinhead.engine.shares import micro_batches
 from twinhead.engine.text import Text
 from twinhead.engine.trunk import check_fit, checkpoint_gradients, set_precision
 
@@ -73,10 +75,11 @@ def train(config: Config) -> Run:
 
 def load(run: Run, config: Config) -> RewardModel:
     """The model of the newest checkpoint, or a new head on the SFT trunk."""
-    if run.resume_from is not None:
-        return RewardModel.from_pretrained(run.resume_from, config.torch_dtype, config.torch_device)
+    dtype, device, lora = config.torch_dtype, config.torch_device, Lora.of(config)
+    if run.resume_from is not None and lora is None:
+        return RewardModel.from_pretrained(run.resume_from, dtype, device)
     seed = run.seed("reward head")
-    return RewardModel.from_language_model(config.model, seed, config.torch_dtype, config.torch_device)
+    return RewardModel.from_language_model(config.model, seed, dtype, device, lora, run.resume_from)
 
 
 def update(model: RewardModel, optimizer: Optimizer, batch: Sequence[Comparison], config: Config) -> dict[str, float]:

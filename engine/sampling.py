@@ -23,6 +23,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0  # rows differ by their place among the prompts, unless
+    first_row: int = 0  # that place of the first prompt, where these are a part of all
     seeds: tuple[int, ...] | None = None  # each prompt has its own: then it may stand at any place
     stop: tuple[int, ...] | None = None
     stop_sequences: tuple[tuple[int, ...], ...] = ()  # a response also ends with any of these runs of tokens
@@ -66,7 +67,7 @@ class Sampling:
         Raises ValueError for seeds that are not one per prompt.
         """
         if self.seeds is None:
-            return uniforms(torch.tensor(self.seed, device=rows.device), rows, num)
+            return uniforms(torch.tensor(self.seed, device=rows.device), rows + self.first_row, num)
         seeds = torch.tensor(self._each("seeds", num_prompts), device=rows.device)
         return uniforms(seeds[rows], torch.zeros_like(rows), num)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from twinhead.engine import diversity
+from twinhead.engine import diversity, ranks
 from twinhead.engine.batch import Rollout, TokenSequence, micro_batches, pack
 from twinhead.engine.policy import RewardModel
 from twinhead.engine.text import Text
@@ -122,17 +123,22 @@ class Scorer:
         parts: dict[str, Tensor] = {}
         beside: dict[str, Tensor] = {}
         if isinstance(self.reward_model, Ensemble):
-            opinions = self.reward_model.opinions(rollouts, self.tokens_per_micro)
+            opinions = self._spread(self.reward_model.opinions, rollouts)
             parts["reward_model"] = self.reward_model.combined(opinions)
             beside["reward_model/std"] = opinions.std(0, correction=0)
         elif self.reward_model is not None:
-            parts["reward_model"] = model_scores(self.reward_model, rollouts, self.tokens_per_micro)
+            parts["reward_model"] = self._spread(partial(model_scores, self.reward_model), rollouts)
         if self.functions:
             completions = [self.text.decode(r.response) for r in rollouts]
             for name, function in self.functions.items():
-                parts[name] = score_with(function, rollouts, completions, asked)
+                parts[name] = ranks.first(partial(score_with, function, rollouts, completions, asked))
         total = torch.stack([w * part for w, part in zip(self.weights, parts.values(), strict=True)]).sum(0)
         return total, parts | beside
+
+    def _spread(self, ask: Callable[[Sequence[Rollout], int], Tensor], rollouts: Sequence[Rollout]) -> Tensor:
+        """(..., S): every rank asks for a part of the rollouts."""
+        parts = ranks.spread(lambda rows: ask(rollouts[rows.start : rows.stop], self.tokens_per_micro), len(rollouts))
+        return torch.cat(parts, -1)
 
 
 @torch.no_grad()

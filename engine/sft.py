@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
-from twinhead.engine import data, losses, options, weights
-from twinhead.engine.batch import Example, Packed, micro_batches, pack
+from twinhead.engine import data, losses, options, ranks, weights
+from twinhead.engine.batch import Example, Packed, pack
 from twinhead.engine.config import Source
 from twinhead.engine.data import Loaded, Order
 from twinhead.engine.evaluate import perplexity
+from twinhead.engine.lora import Lora
 from twinhead.engine.metrics import Sums
 from twinhead.engine.optim import Optimizer
 from twinhead.engine.policy import Policy
 from twinhead.engine.run import Run
+from twinhead.engine.shares import micro_batches
 from twinhead.engine.text import Text
 from twinhead.engine.trunk import check_fit, checkpoint_gradients, set_precision
 
@@ -57,9 +58,12 @@ def _fit(
     text = Text.from_pretrained(config.model, config.template)
     train_set = read(config.data, text, config.max_length)
     eval_set = read(config.eval_data, text, config.max_length) if config.eval_data else None
-    start = run.resume_from or (weights.initialise(config.model, config.seed) if scratch else config.model)
+    if scratch and config.lora_rank:
+        raise ValueError(f"lora_rank: expected 0 for a model without weights, got {config.lora_rank}")
+    start = weights.initialise(config.model, config.seed) if scratch and run.resume_from is None else config.model
     run.say(train_set.summary())
-    policy = Policy.from_pretrained(start, "none", config.torch_dtype, config.torch_device)
+    dtype, device = config.torch_dtype, config.torch_device
+    policy = Policy.from_pretrained(start, "none", dtype, device, Lora.of(config), run.resume_from)
     set_precision(policy.model, config.dtype)
     check_fit(policy.model, [*train_set, *(eval_set or [])])
     if config.gradient_checkpointing:
@@ -84,8 +88,8 @@ def update(policy: Policy, optimizer: Optimizer, batch: Sequence[Example], confi
     """One optimizer step on the loss of the whole batch, however it is cut into micro-batches."""
     lengths = [len(example.prompt) + len(example.response) for example in batch]
     micros = [pack(m, policy.device) for m in micro_batches(batch, lengths, config.tokens_per_micro)]
-    num_targets = sum(packed.num_targets for packed in micros)
-    num_sequences = torch.stack([(packed.cu_rows.diff() > 0).sum() for packed in micros]).sum()  # stays on the device
+    num_targets = ranks.total(sum(packed.num_targets for packed in micros))
+    num_sequences = (ranks.cat([packed.cu_rows.diff() for packed in micros]) > 0).sum()  # stays on the device
     sums = Sums()
     for packed in micros:
         nll = -policy(packed, entropy=False).logprobs  # (R,)

@@ -117,6 +117,12 @@ def num_layers(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().num_hidden_layers)
 
 
+def layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers, by whatever name the architecture has for their list."""
+    num = num_layers(model)
+    return next(m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == num)
+
+
 def check_fit(model: PreTrainedModel, sequences: Iterable[TokenSequence], new_tokens: int | Sequence[int] = 0) -> None:
     """Raise ValueError, before any work, for a sequence (and `new_tokens` after it) that `model` cannot read."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -155,12 +161,12 @@ def self_check(model: PreTrainedModel) -> None:
                 f"expected {num_layers(model)} calls of the attention function in one pass (one per layer), "
                 f"got {calls.count}: this architecture bypasses transformers' attention interface"
             )
-        _compare("packed sequences differ from separate ones", whole, torch.cat(expected))
-        _compare("training mode differs from evaluation mode", packed_pass(model.train(), packed), whole)
+        compare("packed sequences differ from separate ones", whole, torch.cat(expected))
+        compare("training mode differs from evaluation mode", packed_pass(model.train(), packed), whole)
         model.eval()
         last = torch.stack([e[-1] for e in expected])
         _check_logits(model, ids[1], expected[1])
-        _compare("decoding from the cache differs from the full pass", _one_step(model, ids), last)
+        compare("decoding from the cache differs from the full pass", _one_step(model, ids), last)
     except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{name} cannot be used: {error}") from error
     finally:
@@ -197,10 +203,11 @@ def _check_logits(model: PreTrainedModel, ids: list[int], hidden: Tensor) -> Non
         expected = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0]
     finally:
         model.set_attn_implementation(attention.NAME)
-    _compare("the logits are not hidden @ weight.T with a scale and a softcap: they differ", logits, expected)
+    compare("the logits are not hidden @ weight.T with a scale and a softcap: they differ", logits, expected)
 
 
-def _compare(what: str, actual: Tensor, expected: Tensor) -> None:
+def compare(what: str, actual: Tensor, expected: Tensor) -> None:
+    """Raise ValueError, saying `what`, where two tensors differ by more than the rounding of their precision."""
     tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
     error = (actual.float() - expected.float()).abs().max().item()
     bound = tolerance * max(1.0, expected.float().abs().max().item())

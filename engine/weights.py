@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 VALUE_HEAD = "value_head.safetensors"
 REWARD_NORMALISATION = "twinhead_reward_mean"  # a key of config.json: the mean score of the demonstrations
@@ -19,6 +26,14 @@ def load_causal_lm(path: str | Path, dtype: torch.dtype | None = None) -> PreTra
     """A decoder with its language-model head. Raises ValueError where tensors are missing or the kind is wrong."""
     model, info = _load(AutoModelForCausalLM, path, dtype)
     _refuse(path, "a causal language model", missing=info["missing_keys"], unexpected=info["unexpected_keys"])
+    return model
+
+
+def load_trunk(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The decoder without a head, of a language model, of a reward model or by itself. Raises ValueError."""
+    model, info = _load(AutoModel, path, dtype)
+    heads = ("lm_head.", "embed_out.", "score.")
+    _refuse(path, "a decoder", info["missing_keys"], {k for k in info["unexpected_keys"] if not k.startswith(heads)})
     return model
 
 
@@ -74,13 +89,23 @@ def _refuse(path: str | Path, kind: str, missing: set[str], unexpected: set[str]
 
 def save_head(folder: str | Path, tensors: dict[str, Tensor]) -> None:
     """Write the value head beside the weights."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, Path(folder) / VALUE_HEAD)
+    save_tensors(Path(folder) / VALUE_HEAD, tensors)
 
 
 def load_head(folder: str | Path) -> dict[str, Tensor] | None:
     """The value head that lies beside the weights, if there is one."""
     path = Path(folder) / VALUE_HEAD
     return load_file(path) if path.is_file() else None
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """What save_tensors wrote."""
+    return load_file(path)
 
 
 def has_weights(path: str | Path) -> bool:

@@ -159,7 +159,7 @@ def test_the_objective_is_described() -> None:
         return Experience(packed, *[torch.zeros(len(values))] * 2, *tensors)
 
     batch = [[experience([1.0, 2.0], [2.0, 2.0], [1.0, -1.0])], [experience([3.0, 4.0], [4.0, 6.0], [0.5, -2.5])]]
-    found = objective(batch, kl=torch.tensor([2.0, 6.0]), scores=torch.tensor([1.0, 2.0]), kl_coef=0.1)
+    found = objective(batch, kl=torch.tensor([2.0, 6.0]), scores=torch.tensor([1.0, 2.0]), non_score=-0.4)
     expected = {
         "objective/kl": 4.0,
         "objective/kl_token": 2.0,

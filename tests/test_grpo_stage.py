@@ -123,7 +123,8 @@ def test_the_loss_is_the_paper_s(name: str, beta: float, clips: dict[str, float]
     new, old, ref, advantages = tokens()
     minibatch = comparisons(old, ref if beta else None, advantages, sizes=sizes)
     parts = new.split([c.packed.num_targets for c in minibatch])
-    found = [grpo.objective(part, c, minibatch, given) for part, c in zip(parts, minibatch, strict=True)]
+    counts = grpo.count(minibatch, given)
+    found = [grpo.objective(part, c, counts, given) for part, c in zip(parts, minibatch, strict=True)]
     ours = torch.stack([loss for loss, _ in found]).sum()
     assert_alike(ours, written_out(name, new, old, ref, advantages, given), new)
     ratio = torch.exp(new - old).detach()
@@ -148,7 +149,8 @@ def test_the_first_gradient_of_rloo_is_that_of_reinforce() -> None:
     new, _, _, advantages = tokens()
     (c,) = comparisons(new.detach(), None, advantages)
     sums = torch.stack([x.sum() for x in new.split(LENGTHS)])
-    (ours,) = torch.autograd.grad(grpo.objective(new, c, [c], config(loss="rloo"))[0], new)
+    given = config(loss="rloo")
+    (ours,) = torch.autograd.grad(grpo.objective(new, c, grpo.count([c], given), given)[0], new)
     (theirs,) = torch.autograd.grad(-(advantages * sums).mean(), new)
     assert_close(ours, theirs)
 
@@ -166,7 +168,7 @@ def test_the_stage_s_losses_equal_the_vectors(vectors: Vectors) -> None:
         asked = config(loss=name, beta=beta, clip_low=given.clip_low, clip_high=high, max_new_tokens=limit)
         new = flat[0].clone().requires_grad_()
         (c,) = comparisons(*flat[1:], getattr(expected, kind), lengths, sizes=(len(lengths),))
-        loss, _ = grpo.objective(new, c, [c], asked)
+        loss, _ = grpo.objective(new, c, grpo.count([c], asked), asked)
         vectors.close(loss, getattr(expected, f"loss_{name}"))
         vectors.close(torch.autograd.grad(loss, new)[0], getattr(expected, f"grad_{name}")[mask])
 
@@ -201,7 +203,7 @@ def test_responses_cost_what_they_cost_in_trl(name: str, beta: float) -> None:
         "num_items_in_batch": mask.sum(),
     }  # fmt: skip
     theirs = TRL.function("trl.trainer.grpo_trainer", "GRPOTrainer")._compute_loss(trainer, None, inputs)
-    ours, stats = grpo.objective(new, c, [c], given)
+    ours, stats = grpo.objective(new, c, grpo.count([c], given), given)
     assert_alike(ours, theirs, new)
     logged = {key: values[0] for key, values in trainer._metrics["train"].items()}
     if name != "gspo":  # whose statistics TRL counts by responses

@@ -24,18 +24,23 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 LAYERS = """
     cli
     demo refresh
+    presets
     sft reward dpo ppo grpo
-    run evaluate report labeler reference best_of planning
-    checkpoint generate scorers experience selection
+    arrangements
+    run evaluate report labeler reference best_of planning penalty validation backbone
+    shares
+    checkpoint generate scorers experience selection ema
     step
     policy data optim docstrings diversity
+    critic
     trunk
     weights graphs lora formats preferences
     cache
     attention
-    losses text mismatch sampling flash adam milestones
-    rows curves options
+    losses text mismatch sampling flash adam milestones best
+    rows curves options rollout_options
     config metrics batch pictures page templates residence memory
+    ranks
 """
 DEPTH = {module: depth for depth, line in enumerate(LAYERS.split("\n")) for module in line.split()}
 
@@ -232,13 +237,13 @@ def fields_of(node: ast.ClassDef) -> list[ast.AnnAssign]:
 
 
 def options(sources: list[Source]) -> dict[str, tuple[Source, ast.ClassDef]]:
-    """Every dataclass called Config or standing in options.py, and by name those that it inherits from or holds."""
+    """Every dataclass called Config or standing in a file of options, and by name those that it inherits from or holds."""
     known = {node.name: (source, node) for source in sources for node in dataclasses_of(source)}
     found = {
         f"{source.path} {node.name}": (source, node)
         for source in sources
         for node in dataclasses_of(source)
-        if node.name == "Config" or source.stem == "options"
+        if node.name == "Config" or source.stem.endswith("options")
     }
     waiting = list(found.values())
     while waiting:

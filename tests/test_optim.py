@@ -355,3 +355,20 @@ def test_8_bits_need_torchao_and_a_compiler(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"adam_bits: expected a C\+\+ compiler .* for 8 bits on a CPU, got none"):
         Optimizer(wide(), config(adam_bits=8), 1)
+
+
+def test_what_no_gradient_has_reached_yet_has_no_state_to_resume() -> None:
+    """As after a checkpoint in a critic's warm-up."""
+    module, again = (nn.ModuleDict({"model": layer(), "network": layer()}) for _ in range(2))
+    optimizer, resumed = (Optimizer(m, config(), 4) for m in (module, again))
+    push(module["network"])
+    optimizer.step()
+    tensors, counters = optimizer.state()
+    assert {name.split(".")[0] for name in tensors} == {"network"}
+    resumed.restore(tensors, counters)
+    assert resumed.state()[1] == counters
+    torn = {name: tensor for name, tensor in tensors.items() if "bias" not in name}
+    with pytest.raises(
+        ValueError, match=r"^optimizer state: expected every parameter of this model, but .* is missing$"
+    ):
+        resumed.restore(torn, counters)

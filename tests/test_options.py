@@ -51,6 +51,9 @@ RUN = {
     "max_grad_norm": Turn(0.01, "weights", {"adam_eps": 0.01}),
     "tokens_per_micro": Turn(20, "passes"),
     "gradient_checkpointing": Turn(True, "passes"),
+    "lora_rank": Turn(2, "weights"),
+    "lora_alpha": Turn(64, "weights", {"lora_rank": 2}),
+    "lora_targets": Turn(("q_proj",), "weights", {"lora_rank": 2}),
     "save_every": Turn(1, "files", {"keep_checkpoints": 9}),
     "keep_checkpoints": Turn(2, "files", {"save_every": 1}),
     "tensorboard": Turn(True, "files"),
@@ -71,8 +74,13 @@ FIT = {
     "reduction": Turn("seq_mean", "weights", {"data": UNEVEN}),
     "template": Turn("alpaca", "metrics", {"data": ASKED, "max_length": 64}),
 }
+ADAPTED = {  # there is nothing to adapt where nothing has been learned yet
+    "lora_rank": Turn(2, "weights", {"model": "{model}"}),
+    "lora_alpha": Turn(64, "weights", {"model": "{model}", "lora_rank": 2}),
+    "lora_targets": Turn(("q_proj",), "weights", {"model": "{model}", "lora_rank": 2}),
+}
 TURNS: dict[str, dict[str, Turn]] = {
-    "pretrain": RUN | FIT | {"data": Turn("{texts}", "metrics"), "template": Turn("alpaca", "files")},
+    "pretrain": RUN | FIT | ADAPTED | {"data": Turn("{texts}", "metrics"), "template": Turn("alpaca", "files")},
     "sft": RUN | FIT,
     "reward": RUN
     | {
@@ -113,14 +121,23 @@ TURNS: dict[str, dict[str, Turn]] = {
         "mismatch_alarm": Turn(1e-12, "metrics"),
         "importance_cap": Turn(0.5, "weights", {"old_logprobs": "recompute"}),
         "critic": Turn("detached", "weights"),
+        "branch_layers": Turn(2, "weights", {"critic": "branch", "model": "{deep_model}", "branch_layers": 1}),
+        "critic_model": Turn("{other}", "weights", {"critic": "separate"}),
+        "critic_learning_rate": Turn(0.01, "weights", {"critic": "separate"}),
+        "critic_warmup": Turn(2, "weights"),
+        "share": Turn("all", "passes", {"reward_model": "{adapted_reward_model}", "lora_rank": 2}),
         "value_init": Turn("reward_model", "metrics", {"reward_model": "{reward_model}"}),
         "value_lr_scale": Turn(3.0, "weights"),
         "kl_coef": Turn(0.5, "weights"),
+        "kl_kind": Turn("full", "weights"),
+        "kl_in": Turn("loss", "weights", {"kl_kind": "k3"}),
         "kl_target_nats": Turn(0.01, "metrics", {"kl_horizon": 20}),
         "kl_horizon": Turn(20, "metrics", {"kl_target_nats": 0.01}),
         "missing_eos_penalty": Turn(3.0, "metrics"),
         "normalise_scores": Turn(True, "metrics"),
         "score_clip": Turn(0.01, "metrics"),
+        "process_function": Turn("{rewards}:progress", "weights"),
+        "advantage": Turn("bandit", "weights"),
         "gamma": Turn(0.5, "weights"),
         "lam": Turn(0.5, "weights"),
         "bootstrap_truncated": Turn(True, "weights"),
@@ -134,7 +151,12 @@ TURNS: dict[str, dict[str, Turn]] = {
         "ptx_coef": Turn(3.0, "weights", {"ptx_data": "{documents}"}),
         "ptx_batch_size": Turn(2, "metrics", {"ptx_data": "{documents}"}),
         "ptx_max_length": Turn(4, "metrics", {"ptx_data": "{documents}"}),
+        "ema_decay": Turn(0.9, "files"),
+        "stop_kl_nats": Turn(1e-9, "metrics"),
         "eval_every": Turn(1, "metrics"),
+        "eval_prompts": Turn("{heldout}", "metrics", {"eval_every": 1}),
+        "best_by": Turn("eval/answer", "files", {"eval_every": 1}),
+        "patience": Turn(1, "metrics", {"eval_every": 1, "best_by": "eval/answer"}),
     },
     "grpo": RUN
     | {
@@ -186,6 +208,7 @@ TURNS: dict[str, dict[str, Turn]] = {
 }
 ELSEWHERE = {
     "adam_bits": "test_optim.py: the toys have no matrix that is large enough",
+    "shard_optimizer": "test_ranks.py: it takes two processes",
     "offload": "test_residence.py, and test_offload_needs_a_device_of_its_own",
     "output_dir": "every run of every test has its own",
     "device": "test_a_device_that_is_not_there_is_refused",
@@ -198,7 +221,14 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Box:
     folder = tmp_path_factory.mktemp("box")
     paths = toys.box(folder)
     other = toys.language_model(folder / "other", seed=1)
-    return paths | {"other": other, "texts": toys.write(folder / "texts.jsonl", toys.documents(12, seed=9))}
+    paths["adapted_reward_model"] = str(folder / "adapted")
+    toys.train("reward", paths, folder / "adapted", lora_rank=2)
+    deep = toys.language_model(folder / "deep", seed=3, num_hidden_layers=3)
+    return paths | {
+        "other": other,
+        "deep_model": deep,
+        "texts": toys.write(folder / "texts.jsonl", toys.documents(12, seed=9)),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +265,9 @@ def traced(stage: str, box: Box, folder: Path, changes: dict[str, Any]) -> Trace
         toys.train(stage, box, folder, **evaluate, **given)
     weights = {name: tensor.flatten().tolist() for name, tensor in load_file(folder / "model.safetensors").items()}
     head = folder / "value_head.safetensors"
-    weights |= {name: tensor.flatten().tolist() for name, tensor in load_file(head).items()} if head.exists() else {}
+    beside = (head, folder / "value_branch.safetensors", folder / "critic" / "model.safetensors")
+    for file in filter(Path.exists, beside):
+        weights |= {f"{file.stem} {name}": tensor.flatten().tolist() for name, tensor in load_file(file).items()}
     files = [re_named(name) for name in toys.files(folder)]
     return Traces(toys.metrics(folder), weights, files, passes)
 

@@ -118,6 +118,34 @@ def test_every_frozen_model_is_planned(box: Box) -> None:
     assert smaller["pass of the reference"] < one["pass of the reference"]
 
 
+@pytest.mark.parametrize("critic", ["branch", "separate"])
+def test_a_critic_s_own_layers_are_planned(critic: str, box: Box) -> None:
+    small = {"critic_model": box["small_model"]} if critic == "separate" else {}
+    chosen = config(box, critic=critic, branch_layers=1, **small)
+    found, plain = parts(plan(chosen)), parts(plan(config(box)))
+    policy = Policy.from_pretrained(box["model"], critic, branch_layers=1, critic_model=box["small_model"])
+    assert policy.network is not None
+    own = {id(p): p for p in policy.network.parameters() if all(p is not q for q in policy.model.parameters())}
+    heads = nbytes(policy.network.value_head)
+    assert found["value head"] == heads
+    assert found["critic"] == sum(p.nbytes for p in own.values()) - heads
+    assert found["Adam, 32 bits"] == 2 * (nbytes(policy.model) + found["critic"] + heads)
+    assert found.keys() - plain.keys() == {"critic", "critic's gradients and activations"}
+    assert found["critic's gradients and activations"] > found["critic"]
+    assert found["activations of a micro-batch"] == plain["activations of a micro-batch"]
+    with pytest.raises(ValueError, match=r"^branch_layers: expected 1 to 1 of the model's 2 layers, got 2$"):
+        plan(config(box, critic="branch"))
+
+
+def test_an_average_and_the_states_of_the_reference_are_planned(box: Box) -> None:
+    found, plain = parts(plan(config(box, ema_decay=0.9, kl_kind="full", kl_in="loss"))), parts(plan(config(box)))
+    assert found["average of the weights"] == plain["policy"]
+    assert found["states of the reference"] == 8 * 5 * 32 * 4
+    exact = {"kl_kind": "full", "kl_in": "loss"}
+    away = {part.name: part.phases for part in plan(config(box, device="cuda", offload=True, **exact)).parts}
+    assert away["reference"] == ("examine", "update")
+
+
 @pytest.mark.parametrize(
     ("change", "part", "factor"),
     [

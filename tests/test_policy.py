@@ -217,8 +217,8 @@ def test_the_critic_may_start_as_the_normalised_reward_model(llama: Path, checkp
 
 
 def test_an_unknown_critic_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"critic: expected one of \('shared', 'detached', .*\), got 'separate'"):
-        Policy(model(), "separate")
+    with pytest.raises(ValueError, match=r"critic: expected one of \('shared', 'detached', .*\), got 'unknown'"):
+        Policy(model(), "unknown")
 
 
 # -- modes and copies --------------------------------------------------------------------------------------------------

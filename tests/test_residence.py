@@ -91,8 +91,10 @@ def test_a_model_that_learns_is_refused() -> None:
         raise AssertionError("a trainable model was lent")
 
 
-def test_every_phase_has_the_models_that_it_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reward model is lent to score, the reference to examine, and neither stays for longer."""
+@pytest.mark.parametrize("exact", [False, True])
+def test_every_phase_has_the_models_that_it_asks(exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reward model is lent to score, the reference to examine (for the exact divergence in the loss to update too),
+    and neither stays for longer."""
     there: list[nn.Module | None] = []
     seen: list[tuple[str, list[str]]] = []
 
@@ -107,7 +109,7 @@ def test_every_phase_has_the_models_that_it_asks(tmp_path: Path, monkeypatch: py
         function = getattr(owner, name)
 
         def watched(*args: Any) -> Any:
-            seen.append((name, [type(guest).__name__ for guest in there]))
+            seen.append((name, [type(guest).__name__ for guest in there if guest is not None]))
             return function(*args)
 
         monkeypatch.setattr(owner, name, watched)
@@ -116,8 +118,10 @@ def test_every_phase_has_the_models_that_it_asks(tmp_path: Path, monkeypatch: py
     for owner, name in ((ppo, "generate"), (ppo.Scorer, "__call__"), (ppo, "examine"), (ppo, "update")):
         watch(owner, name)
     box = toys.box(tmp_path / "box")
-    toys.train("ppo", box, tmp_path / "run", steps=1, reward_model=box["reward_model"])
-    assert seen == [("generate", []), ("__call__", ["RewardModel"]), ("examine", ["Policy"]), ("update", [])]
+    options = {"kl_kind": "full", "kl_in": "loss"} if exact else {}
+    toys.train("ppo", box, tmp_path / "run", steps=1, reward_model=box["reward_model"], **options)
+    updating = ["Policy"] if exact else []
+    assert seen == [("generate", []), ("__call__", ["RewardModel"]), ("examine", ["Policy"]), ("update", updating)]
 
 
 def test_frozen_models_are_loaded_onto_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "kl_target_nats": 0.1, "kl_horizon": 50, "kl_stop": 0.002, "old_logprobs": "recompute",
         "entropy_coef": 0.01, "learning_rate": 5e-3, "normalise_scores": True, "reference": "{small_model}",
     },
+    "ppo with a branch": {
+        "steps": 10, "critic": "branch", "branch_layers": 1, "critic_warmup": 4, "kl_kind": "full", "kl_in": "loss",
+        "ema_decay": 0.9, "process_function": "{rewards}:progress", "eval_every": 2, "eval_prompts": "{heldout}",
+        "best_by": "eval_ema/score", "learning_rate": 5e-3,
+    },
+    "ppo with a separate critic": {
+        "steps": 10, "critic": "separate", "value_init": "reward_model", "reward_model": "{small_reward_model}",
+        "reward_functions": (), "critic_learning_rate": 1e-3, "critic_warmup": 4, "kl_kind": "k3", "kl_in": "loss",
+        "bootstrap_truncated": True, "learning_rate": 5e-3, **SCHEDULE,
+    },
     "grpo": {"steps": 10, **SCHEDULE},
     "grpo with everything": {
         "steps": 10, "reward_model": "{reward_model}", "reward_functions": ("{rewards}:goodness", "{rewards}:patience"),
@@ -153,7 +163,7 @@ def logged() -> int:
 # Every moment is after step 6 was saved (or before anything was), in runs that save after steps 3, 6, 9 and 10.
 MOMENTS: dict[str, Callable[[], None]] = {
     "in the first line": lambda: in_a_line(lambda record: "config" in record),
-    "in an update": lambda: before(torch.optim.AdamW, "zero_grad", lambda *_, **__: logged() == 7),
+    "in an update": lambda: before(torch.optim.AdamW, "step", lambda *_, **__: logged() == 7),
     "in a line": lambda: in_a_line(lambda record: record.get("step") == 8),
     "after a line": lambda: before(Run, "save", lambda self, step: step == 9),
     "in a checkpoint": lambda: before(checkpoint, "save_state", lambda folder, *_: "checkpoint-9" in folder.name),

@@ -200,11 +200,13 @@ def test_rewards(vectors: Vectors) -> None:
     }
     for name, rule in rules.items():
         scores = losses.eos_rule(given.scores, finished, **rule).clamp(-given.score_clip, given.score_clip)
-        rewards = losses.token_rewards(*tokens, scores, borders(mask), given.kl_coef)
+        rewards = losses.token_rewards(kernels.kl_estimate(*tokens), scores, borders(mask), given.kl_coef)
         vectors.close(rewards, getattr(expected, name)[mask])
         if not rule:
             vectors.close(segment_sum(rewards, borders(mask)), expected.rlhf_reward_per_sequence)
-    penalty = losses.token_rewards(*tokens, torch.zeros_like(given.scores), borders(mask), given.kl_coef)
+    penalty = losses.token_rewards(
+        kernels.kl_estimate(*tokens), torch.zeros_like(given.scores), borders(mask), given.kl_coef
+    )
     vectors.close(segment_sum(penalty, borders(mask)), expected.non_score_reward_per_sequence)
 
 
@@ -431,7 +433,7 @@ def test_ppo_end_to_end(vectors: Vectors) -> None:
     vectors.close(losses.sequence_kl(old, ref, packed.cu_rows).mean(), expected.mean_kl_k1)
 
     old_values = given.values_old[attended][packed.rows]
-    rewards = losses.token_rewards(old, ref, given.scores, packed.cu_rows, given.kl_coef)
+    rewards = losses.token_rewards(kernels.kl_estimate(old, ref), given.scores, packed.cu_rows, given.kl_coef)
     vectors.close(rewards, expected.rewards[mask])
     advantages, returns = kernels.gae(rewards, old_values, gamma=given.gamma, lam=given.lam, cu_seqlens=packed.cu_rows)
     vectors.close(advantages, expected.advantages_raw[mask])
