@@ -21,6 +21,7 @@ from twinhead.engine.best_of import best_of
 from twinhead.engine.checkpoint import write_file
 from twinhead.engine.diversity import group_diversity
 from twinhead.engine.evaluate import Contest, distinct, win_rate
+from twinhead.engine.generate import generate
 from twinhead.engine.policy import Policy, RewardModel
 from twinhead.engine.run import Run
 from twinhead.engine.sampling import Sampling
@@ -98,6 +99,13 @@ class Trial:
         """The share of held-out pairs that each reward model orders as the labeler did."""
         names = (TRUSTED, HACKABLE, "weak_2", "weak_3", "larger", "grown")
         return {name: accuracy(self.task, name) for name in names if Path(self.task.path(name)).is_dir()}
+
+    def answer(self, name: str) -> str:
+        """What the policy that stands in the folder of that name says to the first prompt of the contests."""
+        policy = Policy.from_pretrained(self.task.path(name), critic="none")
+        first = self.asked[0]
+        (rollout,) = generate(policy, [first.tokens], self.task.sampling)
+        return f"{first.text} {self.task.text.decode(rollout.response)}"
 
     def contest(self, judge: str) -> Contest:
         """Answers to held-out prompts against those of the SFT model; `judge` is the proxy whose score is told."""
@@ -310,8 +318,5 @@ CRITICS = {
         partial(with_ppo, judge=TRUSTED, kl_coef=0.05, critic="separate", value_init="reward_model"),
     ),
 }
-TRUSTED_SWEEP = {
-    "ppo" if coef == 0.05 else f"kl_{coef}": Arm(f"{coef:g}", partial(with_ppo, judge=TRUSTED, kl_coef=coef))
-    for coef in COEFFICIENTS
-}
-ARMS: dict[str, Arm] = METHODS | UNBOUND | SWEEP | MITIGATIONS | CRITICS | TRUSTED_SWEEP  # in the order of measuring
+ARMS: dict[str, Arm] = METHODS | UNBOUND | SWEEP | MITIGATIONS | CRITICS  # in the order of measuring
+TRUSTED_SWEEP: dict[str, Arm] = {}

@@ -23,7 +23,6 @@ from benchmarks.arms import (
     MITIGATIONS,
     SWEEP,
     TRUSTED,
-    TRUSTED_SWEEP,
     UNBOUND,
     Budget,
     Point,
@@ -47,6 +46,10 @@ JUDGES = {
     "larger": "the same rankings, 2 × 64, random start", "grown": "the same rankings, 2 × 64, SFT trunk",
 }  # fmt: skip
 ABSENT = "not measured"
+QUOTED = {
+    "sft": "SFT", "ppo": "PPO, trusted", "weak_ppo": "PPO, hackable", "weak_grpo": "GRPO, hackable",
+    "weak_dpo": "DPO, hackable",
+}  # fmt: skip
 
 
 def main(seeds: Sequence[int], runs: Path, results: Path, budget: Budget | None = None) -> None:
@@ -61,15 +64,16 @@ def main(seeds: Sequence[int], runs: Path, results: Path, budget: Budget | None 
 def measure(seeds: Sequence[int], runs: Path, budget: Budget) -> dict[str, Any]:
     """Every arm of every seed, what its reward models are worth, and what the critics cost."""
     arms: Found = {name: {} for name in ARMS}
-    accuracies = {}
+    accuracies, answers = {}, {}
     for seed in seeds:
         trial = Trial(runs, seed, budget)
         for name, arm in ARMS.items():
             arms[name][str(seed)] = trial.measured(name, arm)
         accuracies[str(seed)] = trial.accuracies()
+        answers[str(seed)] = {name: trial.answer(name) for name in QUOTED if Path(trial.task.path(name)).is_dir()}
     where = surroundings("cpu")
-    costs = critics.main(runs)
-    return where | {"budget": asdict(budget), "arms": arms, "reward_accuracy": accuracies, "critic_costs": costs}
+    costs = {"critic_costs": critics.main(runs)}
+    return where | {"budget": asdict(budget), "arms": arms, "reward_accuracy": accuracies, "answers": answers} | costs
 
 
 def write(results: Path) -> None:
@@ -79,7 +83,7 @@ def write(results: Path) -> None:
     tables = {
         "methods": methods(arms), "optimisation": optimisation(arms), "sweep": sweep(arms),
         "mitigations": mitigations(arms), "judges": judges(found["reward_accuracy"]), "critics": critic_rows(arms),
-        "costs": costs(found["critic_costs"]), "where": [where(found)],
+        "costs": costs(found["critic_costs"]), "where": [where(found)], "answers": quoted(found["answers"]),
     }  # fmt: skip
     sorting = results / "quality_sorting.json"
     if sorting.is_file():
@@ -133,12 +137,13 @@ def optimisation(arms: Found) -> list[str]:
 
 
 def sweep(arms: Found) -> list[str]:
-    """Both reward models, PPO at the end of its budget, by coefficient."""
-    heads = ("kl_coef", *(f"{judge}: {key}" for judge in ("hackable", "trusted") for key in ("win", "gold", "KL")))
-    lines = _head(heads)
-    for (weak, arm), trusted in zip(SWEEP.items(), TRUSTED_SWEEP, strict=True):
-        ends = [_at(arms.get(name, {}), -1) for name in (weak, trusted)]
-        lines.append(_line(arm.title, *(_spread(end, key) for end in ends for key in ("win_rate", "gold", "kl"))))
+    """PPO against the hackable reward model, at the end of its budget and at its best, by coefficient."""
+    lines = _head(("kl_coef", "win rate", "gold at the end", "highest gold", "proxy", "KL (nats)", "distinct"))
+    for name, arm in SWEEP.items():
+        seeds = arms.get(name, {})
+        last, best = _at(seeds, -1), [fall(points)[0] for points in seeds.values()]
+        ends = [_spread(last, key) for key in ("win_rate", "gold", "proxy", "kl", "distinct")]
+        lines.append(_line(arm.title, *ends[:2], _spread(best, "gold"), *ends[2:]))
     return lines
 
 
@@ -207,6 +212,12 @@ def sorted_digits(found: Mapping[str, Any]) -> list[str]:
                 about = (name, str(runs[0]["digits"]), method, str(last[0]["step"]), str(len(runs)))
                 lines.append(_line(*about, *ends, _spread(last, "kl")))
     return lines
+
+
+def quoted(answers: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """What the policies of the first seed say to one prompt."""
+    said = next(iter(answers.values()), {})
+    return [*_head(("policy", "answer")), *(_line(QUOTED[name], f"`{answer}`") for name, answer in said.items())]
 
 
 def where(found: Mapping[str, Any]) -> str:

@@ -32,11 +32,10 @@ CASE = Iteration(Shape(4096, tied=True), torch.float32)
 ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "shared": {},
     "detached": {"critic": "detached"},
-    "branch of 1 layer": {"critic": "branch", "branch_layers": 1},
     "branch of 2 layers": {"critic": "branch", "branch_layers": 2},
     "separate": {"critic": "separate"},
 }
-ROUNDS, STEPS = 2, 4  # processes of each; steps of a process, the first of which has no time
+ROUNDS, STEPS = 2, 3  # processes of each; steps of a process, the first of which has no time
 
 
 def main(runs: Path, case: Iteration = CASE, arrangements: Sequence[str] = tuple(ARRANGEMENTS)) -> list[dict[str, Any]]:

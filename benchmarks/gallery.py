@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from benchmarks.arms import CRITICS, METHODS, MITIGATIONS, SWEEP, TRUSTED_SWEEP, UNBOUND, Arm, Point
+from benchmarks.arms import CRITICS, METHODS, MITIGATIONS, SWEEP, UNBOUND, Arm, Point
 from twinhead.engine.pictures import BOTTOM, COLOURS, HEIGHT, LINE_HEIGHT, TOP, Picture, save, spread
 
 Found = dict[str, dict[str, list[Point]]]  # arm -> seed -> points
@@ -169,16 +169,19 @@ def over_optimisation(found: Found) -> Picture:
 
 def sweep(found: Found) -> Picture:
     """Gold and proxy at the end against the coefficient, and how far the policy went."""
+    shown = {name: arm for name, arm in SWEEP.items() if found.get(name)}
     panels = []
-    for title, arms in (("Hackable reward model", SWEEP), ("Trusted reward model", TRUSTED_SWEEP)):
-        shown = {name: arm for name, arm in arms.items() if found.get(name)}
-        if not shown:
-            continue
+    if shown:
         ticks = [arm.title for arm in shown.values()]
-        scores = [_ends(found, shown, key, label, key) for key, label in (("proxy", "reward model"), ("gold", "gold"))]
-        panels.append(Paths(f"{title}: scores", "kl_coef", "mean score at the end", scores, ticks=ticks, dots=True))
+        scores = [
+            _ends(found, shown, "proxy", "reward model", "reward"),
+            _ends(found, shown, "gold", "gold judge", "gold"),
+        ]
         kl = [_ends(found, shown, "kl", "KL", "ink")]
-        panels.append(Paths(f"{title}: KL", "kl_coef", "nats per answer", kl, ticks=ticks, dots=True))
+        panels = [
+            Paths("Scores at the end", "kl_coef", "mean score", scores, ticks=ticks, dots=True, level=0.0),
+            Paths("KL at the end", "kl_coef", "nats per answer", kl, ticks=ticks, dots=True),
+        ]
     return Picture("comparison_kl_sweep", "KL sweep", panels)
 
 
@@ -221,4 +224,4 @@ def _ends(found: Found, arms: dict[str, Arm], key: str, label: str, colour: str)
     """The last value of every arm, arm by arm, as one curve per seed."""
     seeds = sorted(set.intersection(*({*found[name]} for name in arms)))
     curves = [[(float(i), found[name][seed][-1][key]) for i, name in enumerate(arms)] for seed in seeds]
-    return Bundle(label, {"proxy": "reward"}.get(colour, colour), curves)
+    return Bundle(label, colour, curves)

@@ -93,6 +93,13 @@ def test_refresh_buys_as_many_labels_as_the_weak_reward_model_had(trial: Trial) 
     assert all(len(json.loads(row)["completions"]) == 4 for rows in bought for row in rows)
 
 
+def test_a_policy_answers_the_first_prompt(trial: Trial) -> None:
+    with toys.one_thread():
+        said = trial.answer(Path(trial.sft).name)
+        assert said == trial.answer("sft")
+    assert said.split()[:2] == [trial.asked[0].text.split()[0], "<sep>"]
+
+
 def test_the_length_term() -> None:
     ids = [[5] * 14, [5] * 10, [5] * 16, []]
     assert arms.usual_length(completion_ids=ids, prompts=[""] * 4) == pytest.approx([0.0, -0.4, -0.2, -1.4])

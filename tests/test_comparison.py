@@ -86,6 +86,11 @@ def test_judges_and_costs() -> None:
     assert comparison.costs([row])[2] == "| shared | 4.2 M | 1,150 ms | 100 + 50 + 1,000 ms | 200 |"
 
 
+def test_answers_are_quoted() -> None:
+    rows = comparison.quoted({"0": {"sft": "room <sep> the room is old .", "weak_ppo": "room <sep> safe"}, "1": {}})
+    assert rows[2:] == ["| SFT | `room <sep> the room is old .` |", "| PPO, hackable | `room <sep> safe` |"]
+
+
 def test_sorted_digits_are_told_per_method() -> None:
     curve = [{"step": 50, "sampled": 0.95, "greedy": 1.0, "kl": 0.5}]
     run = {"digits": 5, "sft": {"sampled": 0.5, "greedy": 0.99}, "curve": curve}
@@ -140,7 +145,8 @@ def test_the_command_fills_the_page_and_can_be_given_again(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("name", ["shared", "detached", "branch of 1 layer", "separate"])
-def test_a_critic_is_timed_and_weighed(name: str, tmp_path: Path) -> None:
+def test_a_critic_is_timed_and_weighed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(critics.ARRANGEMENTS, "branch of 1 layer", {"critic": "branch", "branch_layers": 1})
     case = Iteration(TINY, critics.torch.float32, 8, 5, 8)
     with toys.one_thread():
         case.write(tmp_path, 2)
