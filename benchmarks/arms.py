@@ -146,6 +146,7 @@ class Arm:
 
     title: str
     train: Callable[[Trial, str], list[Point]]  # of a seed, into the folder of that name
+    seeds: int = 3  # at most so many: what is one of many rows is measured less often
 
 
 def with_ppo(
@@ -283,27 +284,27 @@ UNBOUND = {
     "weak_dpo": Arm("DPO, beta 0.1", partial(with_dpo, judge=HACKABLE)),
     "weak_best_of": Arm("best of n", partial(with_best_of, judge=HACKABLE)),
 }
-COEFFICIENTS = (0.0, 0.02, 0.05, 0.1, 0.2)
-SWEEP = {
-    "weak_ppo" if coef == 0 else f"weak_kl_{coef}": Arm(
-        f"{coef:g}", partial(with_ppo, judge=HACKABLE, kl_coef=coef)
-    )
-    for coef in COEFFICIENTS
-}  # fmt: skip
+FEW = 2  # seeds of arms that are one row of many
+SWEEP = {"weak_ppo": Arm("0", UNBOUND["weak_ppo"].train)} | {
+    f"weak_kl_{coef}": Arm(f"{coef:g}", partial(with_ppo, judge=HACKABLE, kl_coef=coef), FEW)
+    for coef in (0.02, 0.05, 0.1, 0.2)
+}
 MITIGATIONS = {
     "weak_ppo": Arm("none", UNBOUND["weak_ppo"].train),
-    "weak_kl_0.05": Arm("KL penalty, 0.05", SWEEP["weak_kl_0.05"].train),
+    "weak_kl_0.05": Arm("KL penalty, 0.05", SWEEP["weak_kl_0.05"].train, FEW),
     "weak_ensemble": Arm(
-        "ensemble: lowest of three", partial(with_ppo, judge=HACKABLE, against=("weak", "weak_2", "weak_3"),
-                                             ensemble="min")
+        "ensemble: lowest of three",
+        partial(with_ppo, judge=HACKABLE, against=("weak", "weak_2", "weak_3"), ensemble="min"),
+        FEW,
     ),
-    "weak_larger": Arm("larger reward model, random start", partial(with_ppo, judge="larger")),
-    "weak_grown": Arm("larger reward model, from SFT", partial(with_ppo, judge="grown")),
-    "weak_refresh": Arm("refresh, same number of labels", with_refresh),
-    "weak_length": Arm("length term", partial(with_ppo, judge=HACKABLE, functions=(usual_length,))),
+    "weak_larger": Arm("larger reward model, random start", partial(with_ppo, judge="larger"), FEW),
+    "weak_grown": Arm("larger reward model, from SFT", partial(with_ppo, judge="grown"), FEW),
+    "weak_refresh": Arm("refresh, same number of labels", with_refresh, FEW),
+    "weak_length": Arm("length term", partial(with_ppo, judge=HACKABLE, functions=(usual_length,)), FEW),
     "weak_diversity": Arm(
         "diversity term, weight 5",
         partial(with_ppo, judge=HACKABLE, functions=(group_diversity,), reward_weights=(1.0, 5.0)),
+        FEW,
     ),
 }  # fmt: skip
 CRITICS = {
@@ -319,4 +320,3 @@ CRITICS = {
     ),
 }
 ARMS: dict[str, Arm] = METHODS | UNBOUND | SWEEP | MITIGATIONS | CRITICS  # in the order of measuring
-TRUSTED_SWEEP: dict[str, Arm] = {}

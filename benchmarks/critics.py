@@ -2,7 +2,8 @@
 
     python -m benchmarks.critics ARRANGEMENT REPORT.json < work.json
 
-is a process that trains with one of them; processes take turns, so that none has the quiet minutes.
+is a process that trains with one of them; processes take turns, so that none has the quiet minutes. Time is that of the
+CPU, which neighbours disturb less.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +27,11 @@ from safetensors import safe_open
 from benchmarks.iterations import Iteration
 from benchmarks.machine import ROOT
 from benchmarks.shapes import Shape
-from benchmarks.trainers import OPTIONS, PHASES, POLICY, PROMPTS, REWARD, Work
+from benchmarks.trainers import OPTIONS, POLICY, PROMPTS, REWARD, Work
 from twinhead.engine import checkpoint, ppo
 from twinhead.engine.metrics import JsonLines
 
-CASE = Iteration(Shape(4096, tied=True), torch.float32)
+CASE = Iteration(Shape(4096, tied=True), torch.float32, batch=16)
 ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "shared": {},
     "detached": {"critic": "detached"},
@@ -57,32 +60,39 @@ def main(runs: Path, case: Iteration = CASE, arrangements: Sequence[str] = tuple
 
 
 def train(work: Work, name: str, output: Path) -> dict[str, Any]:
-    """What a process measures: milliseconds of every phase of every step but the first, bytes, and weights."""
-    folder = Path(work.folder)
+    """What a process measures: CPU seconds of every step but the first, peak bytes, and weights."""
+    folder, laps = Path(work.folder), list[float]()
+
+    def lap(_: Any) -> dict[str, float]:
+        laps.append(time.process_time())
+        return {}
+
     run = ppo.train(
         ppo.Config(
             model=str(folder / POLICY), reward_model=str(folder / REWARD), prompts=str(folder / PROMPTS),
             output_dir=str(output), device=work.device, dtype=work.dtype, steps=work.iterations, epochs=work.epochs,
             rollouts_per_step=work.batch, minibatches=work.minibatches, max_prompt_tokens=work.prompt,
-            max_new_tokens=work.response, tokens_per_micro=work.micro * (work.prompt + work.response),
+            max_new_tokens=work.response, tokens_per_micro=work.micro * (work.prompt + work.response), eval_every=1,
             **OPTIONS | ARRANGEMENTS[name],
-        )
+        ),
+        evaluate=lap,
     )  # fmt: skip
-    return measured(output, run.timings)
+    spent = [after - before for before, after in pairwise(laps)]
+    return {"seconds": spent, "peak_bytes": peak(run.timings), "trained": trained(output)}
 
 
-def measured(output: Path, timings: JsonLines) -> dict[str, Any]:
-    """The phases, the peak and the weights of a finished run. Examine is score and examine."""
-    lines = [line for line in timings if line.get("step", 0) > 1]
-    spent = {
-        phase: [
-            1e3 * (line[f"seconds/{phase}"] + (line["seconds/score"] if phase == "examine" else 0)) for line in lines
-        ]
-        for phase in PHASES
-    }
-    peak = max(value for line in lines for key, value in line.items() if key.startswith("peak_mb/"))
+def peak(timings: JsonLines) -> int:
+    """The most bytes that any phase of any step but the first held beyond the process's imports."""
+    megabytes = [
+        value for line in timings for key, value in line.items() if key.startswith("peak_mb/") and line["step"] > 1
+    ]
+    return int(max(megabytes) * 1e6)
+
+
+def trained(output: Path) -> int:
+    """Weights of the policy and its critic, as they stand in a finished run's folder."""
     files = [path for path in output.rglob("*.safetensors") if "checkpoint-" not in str(path.relative_to(output))]
-    return {"milliseconds": spent, "peak_bytes": int(peak * 1e6), "trained": sum(map(_weights, files))}
+    return sum(map(_weights, files))
 
 
 def _weights(file: Path) -> int:
@@ -104,9 +114,7 @@ def _process(folder: Path, name: str, turn: int, work: Work) -> dict[str, Any]:
 def _median(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Medians over all processes' steps, and the highest peak."""
     return {
-        "milliseconds": {
-            phase: statistics.median([step for one in found for step in one["milliseconds"][phase]]) for phase in PHASES
-        },
+        "seconds": statistics.median([step for one in found for step in one["seconds"]]),
         "peak_bytes": max(one["peak_bytes"] for one in found),
         "trained": found[0]["trained"],
     }

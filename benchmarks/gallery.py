@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -167,17 +167,24 @@ def over_optimisation(found: Found) -> Picture:
     return Picture("comparison_over_optimisation", "Over-optimisation", panels)
 
 
+def alike(found: Found, arms: Iterable[str]) -> Found:
+    """The measured ones of these arms, with the seeds that all of them have: rows that can be compared."""
+    shown = [name for name in arms if found.get(name)]
+    seeds = set.intersection(*({*found[name]} for name in shown)) if shown else set()
+    return {name: {seed: found[name][seed] for seed in sorted(seeds)} for name in shown}
+
+
 def sweep(found: Found) -> Picture:
     """Gold and proxy at the end against the coefficient, and how far the policy went."""
-    shown = {name: arm for name, arm in SWEEP.items() if found.get(name)}
+    shown = alike(found, SWEEP)
     panels = []
     if shown:
-        ticks = [arm.title for arm in shown.values()]
+        ticks = [SWEEP[name].title for name in shown]
         scores = [
-            _ends(found, shown, "proxy", "reward model", "reward"),
-            _ends(found, shown, "gold", "gold judge", "gold"),
+            _ends(shown, "proxy", "reward model", "reward"),
+            _ends(shown, "gold", "gold judge", "gold"),
         ]
-        kl = [_ends(found, shown, "kl", "KL", "ink")]
+        kl = [_ends(shown, "kl", "KL", "ink")]
         panels = [
             Paths("Scores at the end", "kl_coef", "mean score", scores, ticks=ticks, dots=True, level=0.0),
             Paths("KL at the end", "kl_coef", "nats per answer", kl, ticks=ticks, dots=True),
@@ -188,10 +195,9 @@ def sweep(found: Found) -> Picture:
 def mitigations(found: Found) -> Picture:
     """Gold at its best and at the end for everything that is said to help."""
     rows = []
-    for name, arm in MITIGATIONS.items():
-        if seeds := found.get(name):
-            golds = [[p["gold"] for p in points] for points in seeds.values()]
-            rows.append((arm.title, [max(gold) for gold in golds], [gold[-1] for gold in golds]))
+    for name, seeds in alike(found, MITIGATIONS).items():
+        golds = [[p["gold"] for p in points] for points in seeds.values()]
+        rows.append((MITIGATIONS[name].title, [max(gold) for gold in golds], [gold[-1] for gold in golds]))
     told = "mean gold score: dots at the end, rings at the best contest"
     return Picture("comparison_mitigations", "Mitigations", [Rows("Hackable reward model", told, rows)] if rows else [])
 
@@ -220,8 +226,8 @@ def _bundles(found: Found, arms: dict[str, Arm], x: str, y: str, colours: Sequen
     return bundles
 
 
-def _ends(found: Found, arms: dict[str, Arm], key: str, label: str, colour: str) -> Bundle:
+def _ends(shown: Found, key: str, label: str, colour: str) -> Bundle:
     """The last value of every arm, arm by arm, as one curve per seed."""
-    seeds = sorted(set.intersection(*({*found[name]} for name in arms)))
-    curves = [[(float(i), found[name][seed][-1][key]) for i, name in enumerate(arms)] for seed in seeds]
+    seeds = next(iter(shown.values()))
+    curves = [[(float(i), points[seed][-1][key]) for i, points in enumerate(shown.values())] for seed in seeds]
     return Bundle(label, colour, curves)
