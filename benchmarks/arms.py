@@ -146,7 +146,6 @@ class Arm:
 
     title: str
     train: Callable[[Trial, str], list[Point]]  # of a seed, into the folder of that name
-    seeds: int = 3  # at most so many: what is one of many rows is measured less often
 
 
 def with_ppo(
@@ -284,27 +283,24 @@ UNBOUND = {
     "weak_dpo": Arm("DPO, beta 0.1", partial(with_dpo, judge=HACKABLE)),
     "weak_best_of": Arm("best of n", partial(with_best_of, judge=HACKABLE)),
 }
-FEW = 2  # seeds of arms that are one row of many
 SWEEP = {"weak_ppo": Arm("0", UNBOUND["weak_ppo"].train)} | {
-    f"weak_kl_{coef}": Arm(f"{coef:g}", partial(with_ppo, judge=HACKABLE, kl_coef=coef), FEW)
+    f"weak_kl_{coef}": Arm(f"{coef:g}", partial(with_ppo, judge=HACKABLE, kl_coef=coef))
     for coef in (0.02, 0.05, 0.1, 0.2)
 }
 MITIGATIONS = {
     "weak_ppo": Arm("none", UNBOUND["weak_ppo"].train),
-    "weak_kl_0.05": Arm("KL penalty, 0.05", SWEEP["weak_kl_0.05"].train, FEW),
+    "weak_kl_0.05": Arm("KL penalty, 0.05", SWEEP["weak_kl_0.05"].train),
     "weak_ensemble": Arm(
         "ensemble: lowest of three",
         partial(with_ppo, judge=HACKABLE, against=("weak", "weak_2", "weak_3"), ensemble="min"),
-        FEW,
     ),
-    "weak_larger": Arm("larger reward model, random start", partial(with_ppo, judge="larger"), FEW),
-    "weak_grown": Arm("larger reward model, from SFT", partial(with_ppo, judge="grown"), FEW),
-    "weak_refresh": Arm("refresh, same number of labels", with_refresh, FEW),
-    "weak_length": Arm("length term", partial(with_ppo, judge=HACKABLE, functions=(usual_length,)), FEW),
+    "weak_larger": Arm("larger, random start", partial(with_ppo, judge="larger")),
+    "weak_grown": Arm("larger, from SFT", partial(with_ppo, judge="grown")),
+    "weak_refresh": Arm("refresh, equal labels", with_refresh),
+    "weak_length": Arm("length term", partial(with_ppo, judge=HACKABLE, functions=(usual_length,))),
     "weak_diversity": Arm(
         "diversity term, weight 5",
         partial(with_ppo, judge=HACKABLE, functions=(group_diversity,), reward_weights=(1.0, 5.0)),
-        FEW,
     ),
 }  # fmt: skip
 CRITICS = {
@@ -315,7 +311,7 @@ CRITICS = {
     ),
     "critic_separate": Arm("separate (SFT)", partial(with_ppo, judge=TRUSTED, kl_coef=0.05, critic="separate")),
     "critic_separate_rm": Arm(
-        "separate (reward m.)",
+        "separate (RM)",
         partial(with_ppo, judge=TRUSTED, kl_coef=0.05, critic="separate", value_init="reward_model"),
     ),
 }

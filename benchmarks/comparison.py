@@ -64,11 +64,10 @@ def measure(seeds: Sequence[int], runs: Path, budget: Budget) -> dict[str, Any]:
     """Every arm of every seed, what its reward models are worth, and what the critics cost."""
     arms: Found = {name: {} for name in ARMS}
     accuracies, answers = {}, {}
-    for turn, seed in enumerate(seeds):
+    for seed in seeds:
         trial = Trial(runs, seed, budget)
         for name, arm in ARMS.items():
-            if turn < arm.seeds:
-                arms[name][str(seed)] = trial.measured(name, arm)
+            arms[name][str(seed)] = trial.measured(name, arm)
         accuracies[str(seed)] = trial.accuracies()
         answers[str(seed)] = {name: trial.answer(name) for name in QUOTED if Path(trial.task.path(name)).is_dir()}
     where = surroundings("cpu")

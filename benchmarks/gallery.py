@@ -117,7 +117,7 @@ class Rows:
     title: str
     x_label: str
     rows: Sequence[tuple[str, Sequence[float], Sequence[float]]]  # name, best of every seed, end of every seed
-    margins: ClassVar[tuple[float, float]] = (2.05, 0.25)
+    margins: ClassVar[tuple[float, float]] = (1.75, 0.2)
 
     def draw(self, axes: Axes) -> None:
         """Draw the rows from top to bottom."""
@@ -198,7 +198,7 @@ def mitigations(found: Found) -> Picture:
     for name, seeds in alike(found, MITIGATIONS).items():
         golds = [[p["gold"] for p in points] for points in seeds.values()]
         rows.append((MITIGATIONS[name].title, [max(gold) for gold in golds], [gold[-1] for gold in golds]))
-    told = "mean gold score: dots at the end, rings at the best contest"
+    told = "gold: dots at the end, rings at the best"
     return Picture("comparison_mitigations", "Mitigations", [Rows("Hackable reward model", told, rows)] if rows else [])
 
 
