@@ -40,7 +40,7 @@ from benchmarks.trainers import PHASES, POLICY, PROMPTS, REWARD, Work
 
 OURS, THEIRS = race.OURS, TRL_TRAINER.label
 NAMES = {OURS: "twinhead", THEIRS: "trl"}  # as benchmarks.trainers calls them
-PROCESSES, ITERATIONS = 2, 4  # of every trainer; iterations of each process, the first of which has no time
+PROCESSES, ITERATIONS = 2, 6  # of every trainer; iterations of each process, the first of which has no time
 WORD = "<{}>".format  # no word is part of another
 PATIENCE = 1800.0  # seconds for a process
 TINY = Shape(64, hidden=32, inner=48, layers=2, heads=4, groups=2)

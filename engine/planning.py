@@ -138,15 +138,8 @@ def _parts(
     alone = config.reference or not config.lora_rank  # else it is the policy's base
     asked = home or (("examine", "update") if exact else ("examine",))
     yield Part("reference", _bytes(reference) if alone else 0, asked)
-    if judges and config.share == "all":
-        paths = [config.reward_model] if config.reward_model else config.reward_models
-        sizes = (lora.num_weights(judge, lora.described(path)) for judge, path in zip(judges, paths, strict=True))
-        yield Part("adapter and head of the reward model", 4 * (sum(sizes) + width * len(judges)), PHASES)
-    elif judges:
-        unread = sum(j.get_input_embeddings().weight.nbytes for j in judges) if config.device_type == "cpu" else 0
-        yield Part("reward model", sum(map(_bytes, judges)) - unread, home or ("score",))
-        yield Part("its embedding, once it is read", unread, later)
     if judges:
+        yield from _judging(config, judges, width)
         yield Part("pass of the reward model", max(_pass(judge, everyone) for judge in judges), ("score",))
     cache = slots * length * _bytes_of_a_token(policy)
     kept = config.cuda_graphs and config.device_type == "cuda"  # graphs were captured with its addresses
@@ -174,6 +167,18 @@ def _parts(
         living = max(living, _learning(policy, text, _block(text, words, width, config), True, config))
     yield Part("logits of the fused head", head, ("update",))
     yield Part("activations of a micro-batch", max(0, living - gradients - head), ("update",))
+
+
+def _judging(config: PPO, judges: Sequence[PreTrainedModel], width: int) -> Iterator[Part]:
+    """The reward models: whole ones, or an adapter and a head each on the policy's base of this width."""
+    if config.share == "all":
+        paths = [config.reward_model] if config.reward_model else config.reward_models
+        sizes = (lora.num_weights(judge, lora.described(path)) for judge, path in zip(judges, paths, strict=True))
+        yield Part("adapter and head of the reward model", 4 * (sum(sizes) + width * len(judges)), PHASES)
+        return
+    unread = sum(j.get_input_embeddings().weight.nbytes for j in judges) if config.device_type == "cpu" else 0
+    yield Part("reward model", sum(map(_bytes, judges)) - unread, ("score",) if config.offload else PHASES)
+    yield Part("its embedding, once it is read", unread, PHASES[1:])
 
 
 def _network(config: PPO, policy: PreTrainedModel) -> PreTrainedModel | None:

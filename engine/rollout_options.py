@@ -88,21 +88,13 @@ class PPO(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_rewards()
         self._check_critic()
         whole = self.gamma == 1 and not self.bootstrap_truncated
         averaged = self.ema_decay is None or (0 <= self.ema_decay < 1 and not self.lora_rank)
         check(
             self,
             steps=(self.steps >= 1, "at least 1"),
-            reward_models=(not (self.reward_models and self.reward_model), "none beside a reward_model"),
-            ensemble=(
-                self.ensemble in ENSEMBLES and (bool(self.reward_models) or self.ensemble == "mean"),
-                f"one of {', '.join(ENSEMBLES)}, with reward_models",
-            ),
-            ensemble_coef=(
-                0 <= self.ensemble_coef < math.inf and (self.ensemble == "mean_std" or self.ensemble_coef == 1),
-                "at least 0, with ensemble=mean_std",
-            ),
             minibatches=(1 <= self.minibatches <= self.rollouts_per_step, "1 to rollouts_per_step"),
             epochs=(self.epochs >= 1, "at least 1"),
             temperature=(self.temperature > 0, "above 0 (a greedy policy explores nothing)"),
@@ -117,7 +109,6 @@ class PPO(RunConfig):
                 self.kl_in == "reward" or (self.kl_in == "loss" and self.kl_kind != "k1"),
                 "reward, or loss with another kl_kind than k1, whose expected gradient there is zero",
             ),
-            share=(self.share in ("none", "all"), "none or all"),
             kl_coef=(self.kl_coef >= 0, "at least 0"),
             kl_target_nats=(not self.kl_target_nats or self.kl_coef > 0, "none with a kl_coef of 0, which never grows"),
             kl_horizon=(self.rollouts_per_step < 5 * self.kl_horizon, "more than a fifth of rollouts_per_step"),
@@ -138,6 +129,21 @@ class PPO(RunConfig):
                 not self.offload or self.device_type == "cuda",
                 "False on the device cpu, which is the host itself",
             ),
+        )
+
+    def _check_rewards(self) -> None:
+        check(
+            self,
+            reward_models=(not (self.reward_models and self.reward_model), "none beside a reward_model"),
+            ensemble=(
+                self.ensemble in ENSEMBLES and (bool(self.reward_models) or self.ensemble == "mean"),
+                f"one of {', '.join(ENSEMBLES)}, with reward_models",
+            ),
+            ensemble_coef=(
+                0 <= self.ensemble_coef < math.inf and (self.ensemble == "mean_std" or self.ensemble_coef == 1),
+                "at least 0, with ensemble=mean_std",
+            ),
+            share=(self.share in ("none", "all"), "none or all"),
         )
         if self.share == "all":
             judged = bool(self.reward_model or self.reward_models)

@@ -237,7 +237,7 @@ def fields_of(node: ast.ClassDef) -> list[ast.AnnAssign]:
 
 
 def options(sources: list[Source]) -> dict[str, tuple[Source, ast.ClassDef]]:
-    """Every dataclass called Config or standing in a file of options, and by name those that it inherits from or holds."""
+    """Every dataclass called Config or in a file of options, and by name those that it inherits from or holds."""
     known = {node.name: (source, node) for source in sources for node in dataclasses_of(source)}
     found = {
         f"{source.path} {node.name}": (source, node)

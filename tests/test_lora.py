@@ -247,6 +247,9 @@ def test_the_optimizer_holds_adapters_and_heads_alone(box: Box, tmp_path: Path) 
     owners = {name.rsplit(".", 1)[0] for name in state}
     policy = Policy.from_pretrained(box["model"], lora=SMALL)
     assert owners == {name for name, p in policy.named_parameters() if p.requires_grad}
+    toys.train("reward", box, tmp_path / "judge", lora_rank=RANK)
+    state = load_file(tmp_path / "judge" / "checkpoint-10" / "optimizer.safetensors")
+    assert {name.rsplit(".", 1)[0] for name in state if "lora" not in name} == {"model.score.weight"}
 
 
 def test_the_reference_is_the_base_to_the_last_bit() -> None:

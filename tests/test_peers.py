@@ -241,7 +241,8 @@ def test_rewards_and_advantages_are_those_of_trl() -> None:
         args=SimpleNamespace(kl_estimator="k1", kl_coef=0.07, whiten_rewards=False, gamma=0.99, lam=0.95),
     )  # fmt: skip
     cu_rows = cumulative([T] * len(LENGTHS))
-    rewards = losses.token_rewards(logprobs.flatten(), ref_logprobs.flatten(), scores, cu_rows, 0.07)
+    charged = kernels.kl_estimate(logprobs.flatten(), ref_logprobs.flatten())
+    rewards = losses.token_rewards(charged, scores, cu_rows, 0.07)
     assert_close(rewards, theirs.rewards.flatten())
     advantages, returns = kernels.gae(rewards, values.flatten(), gamma=0.99, lam=0.95, cu_seqlens=cu_rows)
     assert_close(returns, theirs.returns.flatten())

@@ -156,9 +156,9 @@ def test_the_plan_knows_of_it(done: Done, monkeypatch: pytest.MonkeyPatch) -> No
     given = toys.options("ppo", done.box) | {"output_dir": "run"}
     plain, sharded = ppo.Config(**given), ppo.Config(**given, shard_optimizer=True)
     parameter = torch.nn.Parameter(torch.zeros(64, 64))
-    assert planning._moments(sharded, parameter) == planning._moments(plain, parameter) == 2 * 4 * 64 * 64
+    assert planning.moments(sharded, parameter) == planning.moments(plain, parameter) == 2 * 4 * 64 * 64
     monkeypatch.setattr(ranks, "size", lambda: 4)
-    assert planning._moments(sharded, parameter) == planning._moments(plain, parameter) // 4
+    assert planning.moments(sharded, parameter) == planning.moments(plain, parameter) // 4
 
 
 def test_a_rank_may_have_nothing_to_remember(monkeypatch: pytest.MonkeyPatch) -> None:
