@@ -14,11 +14,12 @@ def main() -> None:
     if given.command == "quality":
         import transformers
 
-        from benchmarks import quality
+        from benchmarks import comparison, quality
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         quality.main(given.seeds, given.runs, given.results)
+        comparison.main(given.seeds, given.runs, given.results)
     elif given.command == "kernels":
         from benchmarks import kernels
 
@@ -50,7 +51,9 @@ def parsed() -> argparse.Namespace:
     """The command and its options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     commands = parser.add_subparsers(dest="command", required=True)
-    options = commands.add_parser("quality", help="does it learn: task A, two reward models; task C, a rule")
+    options = commands.add_parser(
+        "quality", help="does it learn: task A, two reward models; task C, a rule; and what to use when"
+    )
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of the runs; they resume")
     options.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON and pictures")

@@ -50,26 +50,26 @@ WEAK = Labels(prompts=300, noise=1.0, epochs=6)
 class Reviews:
     """Task A for one seed, in its own folder; a stage that is finished is not run again."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, num_demonstrations: int = 400 * 128) -> None:
         self.folder, self.seed = folder / f"seed{seed}", seed
         self.folder.mkdir(parents=True, exist_ok=True)
         self.text = Text(reviews.tokenizer())
         self.sampling = Sampling(max_new_tokens=reviews.COMPLETION_TOKENS, seed=seed)
-        reviews.write(self.folder / "demonstrations.jsonl", reviews.demonstrations(400 * 128, seed))
+        reviews.write(self.folder / "demonstrations.jsonl", reviews.demonstrations(num_demonstrations, seed))
         reviews.write(self.folder / "prompts.jsonl", reviews.prompts(4096, seed + 1))
 
     def path(self, name: str) -> str:
         return str(self.folder / name)
 
-    def empty(self, name: str, width: int, layers: int, heads: int) -> str:
-        """A checkpoint with random weights."""
+    def empty(self, name: str, width: int, layers: int, heads: int, draw: int = 0) -> str:
+        """A checkpoint with random weights; another `draw` gives other ones."""
         shape = LlamaConfig(
             vocab_size=len(reviews.VOCABULARY), hidden_size=width, intermediate_size=8 * width // 3,
             num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=64, tie_word_embeddings=False,
             pad_token_id=0, bos_token_id=self.text.bos_id, eos_token_id=self.text.eos_id,
         )  # fmt: skip
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.manual_seed(self.seed + 1000 * draw)
             LlamaForCausalLM(shape).save_pretrained(self.path(name))
         self.text.save_pretrained(self.path(name))
         return self.path(name)
@@ -80,21 +80,26 @@ class Reviews:
             sft.Config(
                 model=self.empty("empty", width=64, layers=2, heads=4), data=self.path("demonstrations.jsonl"),
                 output_dir=self.path("sft"), seed=self.seed, batch_size=128, max_length=32, learning_rate=3e-3,
-                schedule="cosine", warmup_ratio=0.05, adam_beta2=0.95, weight_decay=0.01,
+                schedule="cosine", warmup_ratio=0.05, adam_beta2=0.95, weight_decay=0.01, save_every=100,
             )
         )  # fmt: skip
 
-    def reward_model(self, name: str, labels: Labels, model: str) -> Run:
-        """Rankings of four answers of the SFT model, and a reward model that learns them."""
+    def reward_model(self, name: str, labels: Labels, model: str, rankings: str = "", draw: int = 0) -> Run:
+        """Rankings of four answers of the SFT model (those of the reward model `rankings`), and one that learns them.
+
+        Another `draw` reads the rankings in another order.
+        """
+        rankings = rankings or name
         for part, num in (("", labels.prompts), ("_heldout", 256)):
-            target = self.folder / f"{name}{part}.jsonl"
+            target = self.folder / f"{rankings}{part}.jsonl"
             if not target.exists():
                 write_file(target, "".join(json.dumps(row) + "\n" for row in self._ranked(num, labels.noise, part)))
         return reward.train(
             reward.Config(
-                model=model, data=self.path(f"{name}.jsonl"), eval_data=self.path(f"{name}_heldout.jsonl"),
-                demonstrations=self.path("demonstrations.jsonl"), output_dir=self.path(name), seed=self.seed,
-                epochs=labels.epochs, batch_size=16, max_length=32, learning_rate=1e-3, schedule="cosine",
+                model=model, data=self.path(f"{rankings}.jsonl"), eval_data=self.path(f"{rankings}_heldout.jsonl"),
+                demonstrations=self.path("demonstrations.jsonl"), output_dir=self.path(name),
+                seed=self.seed + 1000 * draw, epochs=labels.epochs, batch_size=16, max_length=32, learning_rate=1e-3,
+                schedule="cosine", save_every=100,
             )
         )  # fmt: skip
 

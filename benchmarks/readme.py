@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,25 @@ def main(readme: Path, results: Path) -> None:
     for name, written in (("generate", race), ("train", race), ("ppo", iterations)):
         if any(timed := [found.get(f"{name}_{device}") for device in ("cpu", "cuda")]):
             tables[name] = written(timed)
-    for name, lines in tables.items():
-        start, end = f"<!-- {name} table -->", f"<!-- /{name} table -->"
-        if start not in text or end not in text:
-            raise ValueError(f"expected {start} and {end} in {readme}, where the table of {results} goes")
-        before, _, rest = text.partition(start)
-        _, _, after = rest.partition(end)
-        text = "\n".join([before + start, *lines, end]) + after
+    text = filled(text, tables, str(readme), str(results))
     readme.write_text(text, encoding="utf-8")
     for part in filter(None, measured.values()):
         chart.main(part, results)
+
+
+def filled(text: str, tables: Mapping[str, Sequence[str]], page: str, source: str) -> str:
+    """The page's text with the lines of every table between its marks.
+
+    Raises ValueError if a table has no place in it.
+    """
+    for name, lines in tables.items():
+        start, end = f"<!-- {name} table -->", f"<!-- /{name} table -->"
+        if start not in text or end not in text:
+            raise ValueError(f"expected {start} and {end} in {page}, where the table of {source} goes")
+        before, _, rest = text.partition(start)
+        _, _, after = rest.partition(end)
+        text = "\n".join([before + start, *lines, end]) + after
+    return text
 
 
 def demo(results: dict[str, Any]) -> list[str]:

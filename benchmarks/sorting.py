@@ -22,7 +22,7 @@ from rich.table import Table
 from tokenizers import models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from twinhead.engine import data, grpo, sft
+from twinhead.engine import data, grpo, ppo, sft
 from twinhead.engine.checkpoint import write_file
 from twinhead.engine.generate import generate
 from twinhead.engine.policy import Policy
@@ -43,10 +43,11 @@ class Length:
     digits: int
     sft_steps: int
     grpo_steps: int
+    ppo_steps: int = 0  # of 256 answers too; 0: not measured
 
 
 LENGTHS = {
-    "sharpened": Length(digits=5, sft_steps=1500, grpo_steps=50),
+    "sharpened": Length(digits=5, sft_steps=1500, grpo_steps=50, ppo_steps=50),
     "under-trained": Length(digits=8, sft_steps=70, grpo_steps=200),
 }
 
@@ -125,6 +126,7 @@ class Sorting:
                 model=self.path("empty"), data=shown,
                 output_dir=self.path("sft"), seed=self.seed, steps=self.length.sft_steps, batch_size=128, max_length=32,
                 learning_rate=3e-3, schedule="cosine", warmup_ratio=0.05, adam_beta2=0.95, weight_decay=0.01,
+                save_every=300,
             )
         )  # fmt: skip
 
@@ -137,7 +139,20 @@ class Sorting:
                 output_dir=self.path(name), seed=self.seed, steps=steps, loss=loss, beta=0.02,
                 prompts_per_step=32, group_size=8, learning_rate=3e-4, adam_eps=1e-5,
                 max_prompt_tokens=self.length.digits + 2, max_new_tokens=self.length.digits + 2,
-                eval_every=eval_every, save_every=50,
+                eval_every=eval_every, save_every=10,
+            ),
+            reward_funcs=[right], evaluate=self.accuracy,
+        )  # fmt: skip
+
+    def ppo(self, name: str = "ppo", eval_every: int = 10) -> Run:
+        """The same with a critic, from as many answers in as many optimizer steps."""
+        return ppo.train(
+            ppo.Config(
+                model=self.path("sft"), prompts=prompts(32 * self.length.ppo_steps, self.length.digits, self.seed + 1),
+                output_dir=self.path(name), seed=self.seed, steps=self.length.ppo_steps, rollouts_per_step=256,
+                epochs=1, minibatches=1, learning_rate=3e-4, kl_coef=0.02, missing_eos_penalty=0.0,
+                max_prompt_tokens=self.length.digits + 2, max_new_tokens=self.length.digits + 2,
+                eval_every=eval_every, save_every=10,
             ),
             reward_funcs=[right], evaluate=self.accuracy,
         )  # fmt: skip
@@ -162,6 +177,8 @@ def main(seeds: Sequence[int], runs: Path, results: Path) -> None:
             task = Sorting(runs, length, seed)
             imitates = task.accuracy(Policy.from_pretrained(task.sft().dir, critic="none"))
             found[name][seed] = {"digits": length.digits, "sft": imitates, "curve": curve(task.grpo())}
+            if length.ppo_steps:
+                found[name][seed]["ppo"] = curve(task.ppo())
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     results.mkdir(parents=True, exist_ok=True)
     said = {"task": "C, sorting", "versions": versions, **found}
@@ -173,7 +190,7 @@ def curve(run: Run) -> list[dict[str, float]]:
     """What was measured along a run."""
     names = {"sampled": "eval/sampled", "greedy": "eval/greedy", "kl": "objective/kl", "flat": "rollout/flat_groups"}
     return [
-        {"step": line["step"], **{name: line[key] for name, key in names.items()}}
+        {"step": line["step"], **{name: line[key] for name, key in names.items() if key in line}}
         for line in run.metrics
         if "eval/sampled" in line
     ]

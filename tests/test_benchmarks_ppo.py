@@ -265,10 +265,12 @@ def test_the_options_of_a_command_reach_it(
     words: str, module: str, expected: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(importlib.import_module(f"benchmarks.{module}"), "main", lambda *given: seen.append(given))
+    modules = [module, "comparison"] if module == "quality" else [module]
+    for name in modules:
+        monkeypatch.setattr(importlib.import_module(f"benchmarks.{name}"), "main", lambda *given: seen.append(given))
     monkeypatch.setattr(sys, "argv", ["benchmarks", *words.split()])
     command.main()
-    assert seen == [expected]
+    assert seen == [expected] * len(modules)
 
 
 @pytest.mark.parametrize("words", ["ppo --keep_memory", "train --op gae", "kernels --device tpu", "nothing"])
