@@ -15,9 +15,6 @@ COUNTS = {"P": 22, "F": 15, "R": 19, "O": 25, "K": 8, "D": 6, "G": 7, "T": 18, "
 ROWS = [f"{letter}{number}" for letter, count in COUNTS.items() for number in range(1, count + 1)]
 # What its people know by its words alone.
 DOCUMENTATION = {"F14", "R17", "R18", "O25", "D1", "D5", "N10", "N11", "N12", "N15", "M7"}
-# Rows of which a part is on its way: adapters (P9 M3 M8), several processes (P14 P15), the rest of PPO's options (P19
-# O5 O22 K2 K4 N1 N2 N3 N4) and the comparison page (K8). Their cells say `pending` beside what is there.
-PENDING = {"K8"}
 
 
 def rows() -> dict[str, list[str]]:
@@ -81,9 +78,9 @@ def test_every_place_and_every_test_of_a_row_exists(row: str) -> None:
 def test_only_what_is_documentation_has_no_test(row: str) -> None:
     _, where, proof = rows()[row]
     words = re.sub(r"`[^`]+`|[, ]", "", proof)
-    assert words == ("documentation" if row in DOCUMENTATION else "pending" if row in PENDING else "")
-    assert bool(named(proof)) != (row in DOCUMENTATION) or row in PENDING
-    assert named(where) or row in PENDING
+    assert words == ("documentation" if row in DOCUMENTATION else "")
+    assert bool(named(proof)) != (row in DOCUMENTATION)
+    assert named(where)
 
 
 def test_what_is_documentation_has_its_sentences() -> None:
