@@ -89,7 +89,7 @@ class Branch(nn.Module):
         """Keep the state that enters the top layers of `model` during a pass of `packed`."""
 
         def hear(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._version = _version(model)
+            self._version = trunk.version(model)
             self.hear(packed, (args[0] if args else kwargs["hidden_states"]).detach())
 
         handle = trunk.layers(model)[-len(trunk.layers(self.model))].register_forward_pre_hook(hear, with_kwargs=True)
@@ -100,7 +100,7 @@ class Branch(nn.Module):
 
     def knows(self, model: PreTrainedModel, packed: Packed) -> bool:
         """Whether the last pass was one of `packed`, under the weights of now, and its state was not used yet."""
-        return self._heard is not None and self._heard[0] is packed and self._version == _version(model)
+        return self._heard is not None and self._heard[0] is packed and self._version == trunk.version(model)
 
     def hear(self, packed: Packed, state: Tensor) -> None:
         """What the next states() starts from: (1, T, H)."""
@@ -159,10 +159,6 @@ class Branch(nn.Module):
     def _tensors(self) -> dict[str, Tensor]:
         head = {f"value_head.{name}": p for name, p in self.value_head.named_parameters()}
         return {f"model.{name}": p for name, p in self.own.items()} | head
-
-
-def _version(model: nn.Module) -> int:
-    return sum(p._version for p in model.parameters())
 
 
 class Separate(nn.Module):

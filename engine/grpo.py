@@ -92,8 +92,7 @@ class Judge:
         scores, sources = self.scorer(rollouts, asked)
         if self.process is None:
             return scores, None, sources
-        steps = ranks.first(partial(scorers.score_steps, self.process, self.scorer.text, rollouts, asked))
-        return scores, steps, sources
+        return scores, scorers.score_steps(self.process, self.scorer.text, rollouts, asked), sources
 
 
 def train(

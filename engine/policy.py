@@ -239,7 +239,7 @@ class Policy(nn.Module):
 
         torch's fused optimizers keep it from autograd: beside one, call torch.autograd.graph.increment_version.
         """
-        return sum(p._version for p in self.parameters())
+        return trunk.version(self)
 
     @contextmanager
     def generating(self) -> Iterator[None]:

@@ -81,7 +81,7 @@ def train(
             rollouts = generate(policy, [p.tokens for p in asked], replace(sampling, seed=run.seed("rollout", step)))
         with run.timed("score"), resident(scorer.reward_model, policy.device):
             scores, sources = scorer(rollouts, asked)
-            steps = ranks.first(partial(scorers.score_steps, process, text, rollouts, asked)) if process else None
+            steps = scorers.score_steps(process, text, rollouts, asked) if process else None
         stats = {"objective/kl_coef": kl.coef, **describe(rollouts, sources)}
         if bad := scorers.nonfinite_rows(scores):
             run.skip(step, stats, f"non-finite scores in rows {bad[:5]}")

@@ -115,7 +115,7 @@ def normalise(
             raise ValueError(
                 f"normalisation: expected demonstrations whose scores differ, got a deviation of {deviation}"
             )
-        model.model.score.weight.div_(deviation)
+        model.head.weight.div_(deviation)
         model.mean /= deviation
     scores = model_scores(model, [e for c in ranked for e in c.examples], config.tokens_per_micro).double()
     around = [group - group.mean() for group in scores.split([len(c.examples) for c in ranked])]

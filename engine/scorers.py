@@ -167,8 +167,13 @@ def score_with(
 def score_steps(function: ProcessFunction, text: Text, rollouts: Sequence[Rollout], asked: Sequence[Asked]) -> Tensor:
     """(R,) float32 over all response tokens: what the step that ends at each is worth, NaN where none ends.
 
-    Raises ValueError for anything but one list per response that has a finite number or None for each of its tokens.
+    The first rank asks, as it does for all functions. Raises ValueError for anything but one list per response that has
+    a finite number or None for each of its tokens.
     """
+    return ranks.first(partial(_steps, function, text, rollouts, asked))
+
+
+def _steps(function: ProcessFunction, text: Text, rollouts: Sequence[Rollout], asked: Sequence[Asked]) -> Tensor:
     rows = _ask(function, rollouts, [text.decode(r.response) for r in rollouts], asked)
     rewards: list[float] = []
     for i, (row, rollout) in enumerate(zip(rows, rollouts, strict=True)):

@@ -54,6 +54,11 @@ def adopt(model: PreTrainedModel) -> None:
     self_check(model)
 
 
+def version(model: nn.Module) -> int:
+    """A number that grows whenever a weight is changed in place."""
+    return sum(p._version for p in model.parameters())
+
+
 def checkpoint_gradients(model: PreTrainedModel) -> None:
     """From here on training passes keep each layer's input and compute the rest again (arXiv 1604.06174).
 
