@@ -29,8 +29,13 @@ class SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         shape = (self.owner.num_slots, key_states.shape[1], self.owner.capacity)
-        self.keys = value_states.new_zeros(*shape, key_states.shape[-1])  # mixed precision rotates keys in float32
-        self.values = value_states.new_zeros(*shape, value_states.shape[-1])
+        keys = value_states.new_zeros(*shape, key_states.shape[-1])  # mixed precision rotates keys in float32
+        self.hold(keys, value_states.new_zeros(*shape, value_states.shape[-1]))
+
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Take these buffers."""
+        self.keys, self.values = keys, values
+        self.vectors = [memory.view(-1, memory.shape[-1]) for memory in (keys, values)]  # (slots * heads * capacity, D)
         self.is_initialized = True
 
     def update(
@@ -44,10 +49,9 @@ class SlotLayer(CacheLayerMixin):
             self.keys[rows, :, columns] = key_states[0].transpose(0, 1).to(self.keys.dtype)
             self.values[rows, :, columns] = value_states[0].transpose(0, 1)
             return key_states, value_states
-        for memory, states in ((self.keys, key_states), (self.values, value_states)):
-            places = self.owner.layout.places(memory.shape[1], self.owner.capacity)
-            states = states.reshape(-1, memory.shape[-1]).to(memory.dtype)
-            memory.view(-1, memory.shape[-1]).index_copy_(0, places, states)
+        places = self.owner.layout.places(self.keys.shape[1], self.owner.capacity)
+        for vectors, states in zip(self.vectors, (key_states, value_states), strict=True):
+            vectors.index_copy_(0, places, states.reshape(-1, vectors.shape[-1]).to(vectors.dtype))
         batch, span = len(key_states), self.owner.layout.span
         return self.keys[:batch, :, :span], self.values[:batch, :, :span]
 
@@ -89,7 +93,7 @@ class SlotCache(Cache):
         self.num_slots, self.capacity = num_slots, capacity
         for layer in self.layers:
             if layer.is_initialized:
-                layer.keys, layer.values = (self._resized(m, running, span) for m in (layer.keys, layer.values))
+                layer.hold(*(self._resized(m, running, span) for m in (layer.keys, layer.values)))
 
     def _resized(self, memory: Tensor, running: int, span: int) -> Tensor:
         larger = memory.new_zeros(self.num_slots, memory.shape[1], self.capacity, memory.shape[3])

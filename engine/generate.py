@@ -116,6 +116,7 @@ class _Decoder:
         self.first = torch.arange(slots, device=device) * width  # where a slot's tokens and numbers begin
         self.tokens = torch.zeros(slots, width, dtype=torch.int64, device=device)
         self.numbers = torch.zeros(4, slots, width, device=device)
+        self.written, self.noted = self.tokens.view(-1), self.numbers.view(4, -1).unbind()  # by place
 
     @property
     def busy(self) -> bool:
@@ -163,26 +164,29 @@ class _Decoder:
         self.base += [len(text) - self.steps for text in texts]
         self.ends += [self.steps + self._draws(row) - n - 1 for row, n in zip(arrivals, counts, strict=True)]
         self._survey()
-        self._write(self.step.draw(self._prefill(texts, first), *self._chances(fresh)), fresh)
+        place = self._place(fresh)
+        self._write(self.step.draw(self._prefill(texts, first), *self._chances(fresh, place)), fresh, place)
         return True
 
     def decode(self) -> None:
         """Decode one token in every running slot, and retire the rows that it ends."""
         if self.running and self.span == self.cache.capacity:
             self._widen()
-        batch = len(self.running)
-        if batch:
-            tokens, positions = self.last[:batch], self.length[:batch].clone()
-            self.steps += 1
-            self.length[:batch] += 1
-            numbers, early = self._chances(slice(0, batch))
-            inputs = (tokens, positions, numbers, early)
-            if self.workspace.graphs is not None:
-                drawn = self.workspace.graphs(inputs, self.span)
-            else:
-                drawn = self.step(inputs, self.span, self.cache, self.even)
-            self._write(drawn, slice(0, batch))
+        if self.running:
+            with torch.inference_mode():  # its tensors know neither versions nor views: 5% of a small step
+                self._decode(slice(0, len(self.running)))
             self._retire()
+
+    def _decode(self, where: slice) -> None:
+        place, positions = self._place(where), self.length[where].clone()
+        self.steps += 1
+        self.length[where] += 1
+        inputs = (self.last[where], positions, *self._chances(where, place))
+        if self.workspace.graphs is not None:
+            drawn = self.workspace.graphs(inputs, self.span)
+        else:
+            drawn = self.step(inputs, self.span, self.cache, self.even)
+        self._write(drawn, where, place)
 
     def _prefill(self, texts: list[tuple[int, ...]], first: int) -> Tensor:
         """The last hidden state of each text, read into the slots from `first` on; equal ones are read once."""
@@ -199,18 +203,20 @@ class _Decoder:
                 self.cache.copy(slots[text], slot, len(text))
         return torch.stack([hidden[text] for text in texts])
 
-    def _chances(self, where: slice) -> tuple[Tensor, Tensor]:
-        """(B,) the numbers that decide the next tokens, and (B,) bool: rows that must not stop yet."""
-        place = self.first[where] + self.count[where]
-        return self.numbers[UNIFORM].view(-1)[place], self.count[where] < self.least[where]
+    def _place(self, where: slice) -> Tensor:
+        """(B,) where these slots' next tokens are written."""
+        return self.first[where] + self.count[where]
 
-    def _write(self, drawn: graphs.Tensors, where: slice) -> None:
+    def _chances(self, where: slice, place: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) the numbers that decide the next tokens, and (B,) bool: rows that must not stop yet."""
+        return self.noted[UNIFORM][place], self.count[where] < self.least[where]
+
+    def _write(self, drawn: graphs.Tensors, where: slice, place: Tensor) -> None:
         """Note down what was drawn in these slots."""
-        place = self.first[where] + self.count[where]
         self.last[where] = drawn[0]
-        self.tokens.view(-1).index_copy_(0, place, drawn[0])
+        self.written.index_copy_(0, place, drawn[0])
         for kind, number in zip(self.step.kinds, drawn[1:], strict=True):
-            self.numbers[kind].view(-1).index_copy_(0, place, number)
+            self.noted[kind].index_copy_(0, place, number)
         self.count[where] += 1
 
     def _retire(self) -> None:
@@ -218,7 +224,7 @@ class _Decoder:
         stopped: set[int] = set()
         if self.stops:
             _, count, last, least, most = self.state[:, : len(self.running)]
-            found = self.stops(self.tokens.view(-1), self.first[: len(last)], count, last, least)
+            found = self.stops(self.written, self.first[: len(last)], count, last, least)
             if self.sampling.bootstrap:
                 found &= count <= most  # the token after the limit is drawn for the sake of its value alone
             stopped = set(found.nonzero().squeeze(1).tolist())

@@ -173,7 +173,7 @@ class Policy(nn.Module):
         if self.value_head is None:
             return None
         rows = rows.detach() if self.critic == "detached" else rows
-        with torch.autocast(rows.device.type, enabled=False):
+        with trunk.exactly(self.model):
             return self.value_head(rows.float()).squeeze(-1)
 
     def appraise(self, packed: Packed) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -78,9 +79,14 @@ def set_precision(model: PreTrainedModel, dtype: str) -> None:
     setattr(model, MIXED, dtype == "mixed")
 
 
-def precision(model: PreTrainedModel) -> torch.autocast:
+def precision(model: PreTrainedModel) -> AbstractContextManager[object]:
     """The context of a pass. Around several, it casts each weight once."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=getattr(model, MIXED, False))
+    return torch.autocast(model.device.type, torch.bfloat16) if getattr(model, MIXED, False) else nullcontext()
+
+
+def exactly(model: PreTrainedModel) -> AbstractContextManager[object]:
+    """The context of products in their own precision within a pass."""
+    return torch.autocast(model.device.type, enabled=False) if getattr(model, MIXED, False) else nullcontext()
 
 
 def packed_pass(
