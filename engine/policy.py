@@ -24,6 +24,7 @@ from twinhead.engine.graphs import Workspace
 from twinhead.engine.lora import Lora
 from twinhead.engine.rollout_options import CRITICS
 from twinhead.kernels import linear_logprob
+from twinhead.kernels.product import linear
 
 REWARD_SPREAD = "twinhead_reward_spread"  # a key of config.json, beside weights.REWARD_NORMALISATION
 
@@ -213,7 +214,7 @@ class Policy(nn.Module):
             logits = torch.mm(rows, weight.t(), out_dtype=torch.float32)
             return self.logit_transform(logits if bias is None else logits + bias)
         with trunk.precision(self.model):
-            return self.logit_transform(F.linear(rows, weight, bias))
+            return self.logit_transform(linear(rows, weight, bias))
 
     def prefill(self, packed: Packed, cache: SlotCache, slots: list[int]) -> Tensor:
         """(S, H): run prompts into cache slots; the hidden state of each one's last token."""

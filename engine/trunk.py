@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from twinhead.engine import attention
+from twinhead.engine import attention, linear
 from twinhead.engine.attention import Ragged
 from twinhead.engine.batch import Example, Packed, TokenSequence, pack
 from twinhead.engine.cache import SlotCache
@@ -40,12 +40,13 @@ class LogitTransform:
 
 
 def adopt(model: PreTrainedModel) -> None:
-    """Let `model` call our attention function, and switch its dropout off.
+    """Let `model` call our attention function and our matrix product, and switch its dropout off.
 
     Dropout stays off in training too: it would make the ratio of PPO random at the first step (spec 3.7). So does all
     other noise: some architectures skip layers or blur their router in training.
     """
     model.set_attn_implementation(attention.NAME)
+    linear.adopt(model)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from twinhead.kernels.product import TILE, add, fill, linear, served, whole, wholly
+
 # Every block reads and writes the whole gradient of the matrix once, which pays off from a few hundred rows: for
 # linear_ppo_loss on a CPU, 512 rows are within 4% of the best size at 512, 4096, 32000 and 151936 words, and 64 rows
 # cost 8 to 15% more. A GPU multiplies a hundred times faster than it moves that gradient, so its blocks are larger.
@@ -57,14 +59,29 @@ class Head:
 
     def products(self, hidden: Tensor) -> Tensor:
         """hidden @ weight.T, (n, D) -> (n, V), in the working dtype; the next call overwrites the result."""
-        if self._memory is None or len(self._memory) < len(hidden):  # new memory costs a page fault every 4 KB
-            words = len(self.weight)
-            stride = words if hidden.device.type == "cpu" else -(-words // GROUP) * GROUP
-            self._memory = hidden.new_empty(len(hidden), stride, dtype=self.dtype)[:, :words]
-        products = self._memory[: len(hidden)]
+        rows, words = len(hidden), len(self.weight)
+        wide = hidden.to(self.weight.dtype)
+        if served(wide, self.weight) and wholly(rows) * words <= TILE:
+            self._memory = linear(whole(wide), self.weight)
+            return self._memory[:rows]
+        if self._memory is None or len(self._memory) < rows:  # new memory costs a page fault every 4 KB
+            on_cpu = hidden.device.type == "cpu"
+            shape = (wholly(rows), words) if on_cpu else (rows, -(-words // GROUP) * GROUP)
+            self._memory = hidden.new_empty(shape, dtype=self.dtype)[:, :words]
+        products = self._memory[:rows]
+        if served(wide, self.weight):
+            wide = whole(wide)
+            fill(self._memory[: len(wide)], wide, self.weight)
+            return products
         if hidden.dtype == self.weight.dtype != self.dtype:
             return torch.mm(hidden, self.weight.t(), out_dtype=self.dtype, out=products)
         return products.addmm_(hidden.to(self.dtype), self.weight.to(self.dtype).t(), beta=0)
+
+    def whole(self, dz: Tensor) -> Tensor:
+        """`dz` (n, V) with rows of zeros behind it: those of products() if it stands in their memory, else a copy."""
+        if self._memory is not None and dz.data_ptr() == self._memory.data_ptr():
+            return self._memory[: wholly(len(dz))]
+        return whole(dz)
 
     def capped(self, products: Tensor) -> Tensor:
         """The logits, in the memory of the products."""
@@ -109,10 +126,20 @@ class HeadGradient:
             self.bias += dz.sum(0, dtype=self.head.dtype)
         if _multiplies_into_float32(self.head.weight):
             dz = dz.to(self.head.weight.dtype)
+        if served(dz, self.head.weight.t()):
+            self._add_whole(rows, whole(hidden.to(dz.dtype)), self.head.whole(dz))
+            return
         if self.hidden is not None:
             _set_product(self.hidden[rows], dz, self.head.weight, self.head.dtype)
         if self.weight is not None:
             _add_product(self.weight, dz.t(), hidden)
+
+    def _add_whole(self, rows: slice, hidden: Tensor, dz: Tensor) -> None:
+        """The same for blocks that have rows of zeros behind them."""
+        if self.hidden is not None:
+            fill(self.hidden[rows], dz, self.head.weight.t())
+        if self.weight is not None:
+            add(self.weight, dz, hidden)
 
     def result(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The three gradients in the dtypes of what they are gradients of."""

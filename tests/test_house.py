@@ -38,7 +38,7 @@ LAYERS = """
     cache
     attention
     losses text mismatch sampling flash adam milestones best
-    rows curves options rollout_options
+    rows curves options rollout_options linear
     config metrics batch pictures page templates residence memory
     ranks
 """

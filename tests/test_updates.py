@@ -230,7 +230,7 @@ def test_logits_that_are_built_are_seen() -> None:
     trained, packed = policy(vocab_size=VOCABULARY), pack(batch)
     with Watch() as watch:
         trained.logits(trained.hidden(packed)[packed.rows])
-    assert watch.largest == num_logits
+    assert watch.largest >= num_logits
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 MATRIX_PRODUCTS = {aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.baddbmm_}
+ONEDNN = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
 
 
 class Watch(TorchDispatchMode):
@@ -33,6 +34,8 @@ class Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.largest = max([self.largest, *(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))])
         self.seen.add(func.overloadpacket)
+        if func is ONEDNN:
+            self.multiplications += args[0].numel() * len(args[1])
         if func.overloadpacket in MATRIX_PRODUCTS:
             left, right = args[-2:]
             self.multiplications += left.numel() * right.shape[-1]
