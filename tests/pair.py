@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from tests import toys
-from twinhead.engine import grpo, ppo, ranks, run, shares
+from twinhead.engine import batch, evaluate, grpo, ppo, ranks, run, scorers, shares
 from twinhead.engine.batch import Rollout
 from twinhead.engine.optim import Optimizer
 
@@ -41,12 +42,14 @@ class Left:
     error: str
     tokens: list[list[int]]  # of every response that was generated
     moments: int  # bytes that its optimizer remembers
+    measured: int  # held-out sequences or comparisons that it passed through a model itself, and rollouts to score
 
 
 def train(job: Job, box: dict[str, str], folder: Path) -> Left:
     """Do one job in this process, with the others if there are any; the run stands in folder / job.name."""
     tokens: list[list[int]] = []
     optimizers: list[Optimizer] = []
+    measured: list[int] = []
     if job.cut is not None:
         ranks.first(lambda: cut(folder / job.cut[0], folder / job.name, job.cut[1]))
 
@@ -54,6 +57,10 @@ def train(job: Job, box: dict[str, str], folder: Path) -> Left:
         rollouts = shares.generate(*arguments)
         tokens.extend(r.response for r in rollouts)
         return rollouts
+
+    def micro_batches(items: Sequence[Any], lengths: Sequence[int], tokens_per_micro: int) -> Iterator[list[Any]]:
+        measured.append(len(items))
+        return batch.micro_batches(items, lengths, tokens_per_micro)
 
     def track(self: run.Run, *models: Any, optimizer: Optimizer, **state: Any) -> None:
         optimizers.append(optimizer)
@@ -63,6 +70,8 @@ def train(job: Job, box: dict[str, str], folder: Path) -> Left:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "generate", generate)
         patch.setattr(grpo, "generate", generate)
+        patch.setattr(evaluate, "micro_batches", micro_batches)
+        patch.setattr(scorers, "micro_batches", micro_batches)
         patch.setattr(run.Run, "track", track)
         if job.fails:
             fail(patch, *job.fails.split())
@@ -74,7 +83,7 @@ def train(job: Job, box: dict[str, str], folder: Path) -> Left:
             error = f"{type(raised).__name__}: {raised}"
     states = [state for o in optimizers for state in o.adam.state.values()]
     moments = sum(t.nbytes for state in states for t in state.values() if t.ndim)
-    return Left(error, tokens, moments)
+    return Left(error, tokens, moments, sum(measured))
 
 
 def fail(patch: pytest.MonkeyPatch, place: str, rank: str) -> None:

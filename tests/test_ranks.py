@@ -22,7 +22,7 @@ from twinhead.engine.optim import Optimizer
 KEPT = {"save_every": 1, "keep_checkpoints": 9}
 RICH = {
     "reward_model": "{reward_model}", "normalise_scores": True, "tokens_per_micro": 20, "kl_target_nats": 0.01,
-    "kl_horizon": 20, "ptx_data": "{documents}", "ptx_batch_size": 5,
+    "kl_horizon": 20, "ptx_data": "{documents}", "ptx_batch_size": 5, "eval_prompts": "{heldout}", "eval_every": 1,
 }  # fmt: skip
 STEADY = {"learning_rate": 1e-3, "adam_eps": 1e-5}  # AdamW divides what is nothing but rounding by its size
 ODD = {"tokens_per_micro": 8, "batch_size": 3} | STEADY
@@ -30,7 +30,7 @@ UNPAIRED = {"loss": "kto", "data": "{unpaired}", "eval_data": "{labelled}", "pre
 ALIKE = [
     Job("pretrain", "pretrain", {"batch_size": 3} | STEADY),
     Job("sft", "sft", ODD),
-    Job("reward", "reward", {"centring_coef": 0.1}),
+    Job("reward", "reward", {"centring_coef": 0.1, "eval_data": "{conflict}", "normalisation": "mean_std"}),
     Job("dpo", "dpo"),
     Job("kto", "dpo", UNPAIRED | {"batch_size": 5}),
     Job("ppo", "ppo", RICH),
@@ -99,11 +99,22 @@ def test_rollouts_are_the_same_tokens(name: str, done: Done) -> None:
     assert done.alone[name].tokens == done.ranks[0][name].tokens == done.ranks[1][name].tokens
 
 
+@pytest.mark.parametrize("name", ["pretrain", "sft", "reward", "ppo"])
+def test_what_is_held_out_is_shared(name: str, done: Done) -> None:
+    """Text, comparisons, demonstrations that a reward is normalised by, and rollouts: each is read by one rank."""
+    whole = done.alone[name].measured
+    parts = [rank[name].measured for rank in done.ranks]
+    assert whole >= 8 and sum(parts) == whole
+    assert max(parts) <= 0.6 * whole
+
+
 def test_the_runs_were_what_they_are_meant_to_be(done: Done) -> None:
     """Without these, the tests above would say less than they seem to."""
     updates = [line["policy/num_updates"] for line in toys.metrics(done.one / "stop")]
     assert 2 in updates, "kl_stop ends some steps early"
     assert len({line["objective/kl_coef"] for line in toys.metrics(done.one / "ppo")}) == 3
+    assert {"eval/micro", "eval/labeler/ann", "spread"} <= toys.metrics(done.one / "reward")[-1].keys()
+    assert {"eval/score", "eval/eos_rate"} <= toys.metrics(done.one / "ppo")[-1].keys()
     assert (done.two / "kto" / "reference.json").read_bytes() == (done.one / "kto" / "reference.json").read_bytes()
 
 
