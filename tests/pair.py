@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import peers
 from tests import toys
-from twinhead.engine import batch, evaluate, grpo, ppo, ranks, run, scorers, shares
+from twinhead.engine import adam, batch, evaluate, grpo, ppo, ranks, run, scorers, shares
 from twinhead.engine.batch import Rollout
 from twinhead.engine.optim import Optimizer
 
@@ -82,7 +83,7 @@ def train(job: Job, box: dict[str, str], folder: Path) -> Left:
         except (ValueError, OSError, RuntimeError, KeyError) as raised:
             error = f"{type(raised).__name__}: {raised}"
     states = [state for o in optimizers for state in o.adam.state.values()]
-    moments = sum(t.nbytes for state in states for t in state.values() if t.ndim)
+    moments = sum(t.nbytes for state in states for t in adam.plain(state).values() if t.ndim)
     return Left(error, tokens, moments, sum(measured))
 
 
@@ -143,8 +144,13 @@ def probe() -> dict[str, Any]:
     }
 
 
-def together(jobs: list[Job], box: dict[str, str], folder: Path) -> list[tuple[dict[str, Left], dict[str, Any]]]:
-    """Do all jobs in two processes: what each rank knows of every one of them, and what its probe() found."""
+def together(
+    jobs: list[Job], box: dict[str, str], folder: Path, torchao: bool = False
+) -> list[tuple[dict[str, Left], dict[str, Any]]]:
+    """Do all jobs in two processes: what each rank knows of every one of them, and what its probe() found.
+
+    torchao: they have the package, which warns of much as it is imported, without its compiler.
+    """
     folder.mkdir()
     (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
     (folder / "box.json").write_text(json.dumps(box))
@@ -155,7 +161,7 @@ def together(jobs: list[Job], box: dict[str, str], folder: Path) -> list[tuple[d
     shared["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.pair", str(folder)],
+            [sys.executable, "-m", "tests.pair", str(folder), *(["torchao"] if torchao else [])],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE, text=True,
         )
@@ -163,7 +169,7 @@ def together(jobs: list[Job], box: dict[str, str], folder: Path) -> list[tuple[d
     ]  # fmt: skip
     said = [process.communicate(timeout=170)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
-    assert said[1] == "", "only the first rank speaks"
+    assert torchao or said[1] == "", "only the first rank speaks"
     found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     return [({name: Left(**left) for name, left in rank["jobs"].items()}, rank["probe"]) for rank in found]
 
@@ -179,4 +185,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if "torchao" in sys.argv[2:]:
+        peers.load(peers.TORCHAO, "torchao.optim")
+        torch.compiler.set_stance("force_eager")
     main(Path(sys.argv[1]))
