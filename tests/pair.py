@@ -18,9 +18,12 @@ import torch
 
 from benchmarks import peers
 from tests import toys
+from tests.models import classifier, model
 from twinhead.engine import adam, batch, evaluate, grpo, ppo, ranks, run, scorers, shares
-from twinhead.engine.batch import Rollout
+from twinhead.engine.batch import Example, Rollout
+from twinhead.engine.data import Comparison
 from twinhead.engine.optim import Optimizer
+from twinhead.engine.policy import Policy, RewardModel
 
 ROOT = Path(__file__).parent.parent
 
@@ -141,7 +144,16 @@ def probe() -> dict[str, Any]:
         "collected": ranks.collected(own),
         "spread": [list(part) for part in ranks.spread(lambda rows: rows, 5)],
         "first": ranks.first(lambda: f"rank {own}"),
+        "held out": [ranks.first(lambda: held_out(ranks.alone)), held_out(ranks.spread)],
     }
+
+
+def held_out(spread: ranks.Spread) -> list[float]:
+    """What a policy and a reward model say of one example and one comparison: too few for two ranks."""
+    example, other = Example([4, 5], [6, 7, 8]), Example([4, 5], [9])
+    surprise = evaluate.perplexity(Policy(model(), "none"), [example], spread=spread)
+    ordered = evaluate.reward_accuracy(RewardModel(classifier()), [Comparison([example, other], [0, 1])], spread=spread)
+    return [surprise.loss, float(surprise.num_targets), ordered.micro, ordered.macro, ordered.loss]
 
 
 def together(

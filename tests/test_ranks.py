@@ -248,6 +248,13 @@ def test_what_is_told_arrives(done: Done) -> None:
         assert probe["first"] == "rank 0"
 
 
+def test_a_rank_may_have_nothing_to_read(done: Done) -> None:
+    """And the first one may measure alone, as a caller's own evaluation does, while the others wait."""
+    alone = pair.held_out(ranks.alone)
+    assert alone[1] == 3.0 and alone[4] > 0.0
+    assert [probe["held out"] for probe in done.probes] == [[pytest.approx(alone)] * 2] * 2
+
+
 def test_one_process_asks_nobody() -> None:
     assert (ranks.size(), ranks.rank()) == (1, 0)
     item = [torch.ones(2)]
