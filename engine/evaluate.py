@@ -16,6 +16,7 @@ from twinhead.engine.data import Prompt
 from twinhead.engine.experience import Batch
 from twinhead.engine.generate import generate
 from twinhead.engine.policy import Policy, RewardModel
+from twinhead.engine.ranks import Spread, alone
 from twinhead.engine.sampling import Sampling
 from twinhead.engine.scorers import RewardFunction, model_scores, score_with
 from twinhead.engine.text import Text
@@ -34,15 +35,25 @@ class Perplexity:
 
 
 @torch.no_grad()
-def perplexity(policy: Policy, examples: Sequence[TokenSequence], tokens_per_micro: int = MICRO) -> Perplexity:
-    """The mean negative log-likelihood of every target token of a held-out set, and its exponential."""
+def perplexity(
+    policy: Policy, examples: Sequence[TokenSequence], tokens_per_micro: int = MICRO, spread: Spread = alone
+) -> Perplexity:
+    """The mean negative log-likelihood of every target token of a held-out set, and its exponential.
+
+    spread: ranks.spread where all ranks call it together, each for its part of the examples.
+    """
     check_fit(policy.model, examples)
-    total, count = 0.0, 0
-    lengths = [len(e.prompt) + len(e.response) for e in examples]
-    for micro in micro_batches(examples, lengths, tokens_per_micro):
-        packed = pack(micro, policy.device)
-        total -= policy(packed, entropy=False).logprobs.double().sum().item()
-        count += packed.num_targets
+
+    def measured(rows: range) -> tuple[float, int]:
+        total, count = 0.0, 0
+        part = examples[rows.start : rows.stop]
+        for micro in micro_batches(part, [len(e.prompt) + len(e.response) for e in part], tokens_per_micro):
+            packed = pack(micro, policy.device)
+            total -= policy(packed, entropy=False).logprobs.double().sum().item()
+            count += packed.num_targets
+        return total, count
+
+    total, count = map(sum, zip(*spread(measured, len(examples)), strict=True))
     if count == 0:
         raise ValueError("perplexity: expected at least one target token, got none")
     loss = total / count
@@ -75,32 +86,40 @@ class RewardAccuracy:
 
 
 @torch.no_grad()
-def reward_accuracy(model: RewardModel, comparisons: Sequence[Ranked], tokens_per_micro: int = MICRO) -> RewardAccuracy:
-    """How often the reward model orders a held-out pair as its ranking does."""
+def reward_accuracy(
+    model: RewardModel, comparisons: Sequence[Ranked], tokens_per_micro: int = MICRO, spread: Spread = alone
+) -> RewardAccuracy:
+    """How often the reward model orders a held-out pair as its ranking does. spread: as of perplexity()."""
     check_fit(model.model, [example for comparison in comparisons for example in comparison.examples])
-    correct, pairs, loss = [], [], []
-    lengths = [sum(len(e.prompt) + len(e.response) for e in c.examples) for c in comparisons]
-    for micro in micro_batches(comparisons, lengths, tokens_per_micro):
-        scores, ranks, cu_groups, margin = score_groups(model, micro)
-        right, of = losses.pair_accuracy(scores, ranks, cu_groups)
-        correct.append(right)
-        pairs.append(of)
-        loss.append(losses.kwise(scores, ranks, cu_groups, margin))
-    right, of = torch.cat(correct).double(), torch.cat(pairs)
-    decided = of > 0
+
+    def measured(rows: range) -> list[tuple[Tensor, Tensor, Tensor]]:
+        found = []
+        part = comparisons[rows.start : rows.stop]
+        lengths = [sum(len(e.prompt) + len(e.response) for e in c.examples) for c in part]
+        for micro in micro_batches(part, lengths, tokens_per_micro):
+            scores, ranks, cu_groups, margin = score_groups(model, micro)
+            correct, pairs = losses.pair_accuracy(scores, ranks, cu_groups)
+            found.append((correct, pairs, losses.kwise(scores, ranks, cu_groups, margin)))
+        return found
+
+    every = [micro for part in spread(measured, len(comparisons)) for micro in part]
+    correct, pairs, loss = (torch.cat(column) for column in zip(*every, strict=True))  # (G,) each
+    right, decided = correct.double(), pairs > 0
     return RewardAccuracy(
-        micro=(right.sum() / of.sum()).item(),
-        macro=(right[decided] / of[decided]).mean().item(),
-        loss=torch.cat(loss)[decided].double().mean().item(),
+        micro=(right.sum() / pairs.sum()).item(),
+        macro=(right[decided] / pairs[decided]).mean().item(),
+        loss=loss[decided].double().mean().item(),
     )
 
 
-def accuracies(model: RewardModel, comparisons: Sequence[Ranked], tokens_per_micro: int = MICRO) -> dict[str, float]:
+def accuracies(
+    model: RewardModel, comparisons: Sequence[Ranked], tokens_per_micro: int = MICRO, spread: Spread = alone
+) -> dict[str, float]:
     """reward_accuracy() by the names of its fields, and as `labeler/<id>` its micro accuracy on those of a labeler."""
-    found = asdict(reward_accuracy(model, comparisons, tokens_per_micro))
+    found = asdict(reward_accuracy(model, comparisons, tokens_per_micro, spread))
     for name in sorted({c.labeler for c in comparisons} - {""}):
         theirs = [c for c in comparisons if c.labeler == name]
-        found[f"labeler/{name}"] = reward_accuracy(model, theirs, tokens_per_micro).micro
+        found[f"labeler/{name}"] = reward_accuracy(model, theirs, tokens_per_micro, spread).micro
     return found
 
 

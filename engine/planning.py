@@ -132,7 +132,8 @@ def _parts(
     yield Part("policy", size, PHASES)
     yield Part("critic", sum(p.nbytes for p in own), PHASES)
     yield Part("value head", 4 * (valued + 1), PHASES)
-    yield Part("average of the weights", 0 if config.ema_decay is None else 4 * policy.num_parameters(), PHASES)
+    averaged = [] if config.ema_decay is None else learning
+    yield Part("average of the weights", sum(4 * p.numel() for p in averaged), PHASES)
     yield Part(f"Adam, {config.adam_bits} bits", remembered + 8 * (valued + 1), later)
     exact = config.kl_kind == "full" and config.kl_in == "loss"
     alone = config.reference or not config.lora_rank  # else it is the policy's base

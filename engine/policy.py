@@ -261,10 +261,11 @@ class Policy(nn.Module):
         return self.model.state_dict()
 
     def frozen_copy(self) -> Policy:
-        """The reference policy: the same weights as of now, without a critic, never trained."""
+        """The reference policy: the same weights as of now, without a critic, never trained. Frozen ones are shared."""
         reference = Policy.__new__(Policy)
         nn.Module.__init__(reference)
-        reference.model = copy.deepcopy(self.model).requires_grad_(False).eval()
+        still: dict[int, Any] = {id(p): p for p in self.model.parameters() if not p.requires_grad}
+        reference.model = copy.deepcopy(self.model, still).requires_grad_(False).eval()
         reference.critic, reference.value_head, reference.kept, reference.network = "none", None, None, None
         reference.logit_transform = self.logit_transform
         return reference

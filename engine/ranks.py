@@ -12,7 +12,7 @@ import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -91,6 +91,11 @@ def spread(work: Callable[[range], T], num: int) -> list[T]:
     return _told(lambda: work(range(num * own // whole, num * (own + 1) // whole)))
 
 
+def alone(work: Callable[[range], T], num: int) -> list[T]:
+    """spread() for what one process does by itself, also beside others that do something else."""
+    return [work(range(num))]
+
+
 def first(work: Callable[[], T]) -> T:
     """What the first rank's work has come to; the others wait for it. Its error is raised on all of them."""
     if size() == 1:
@@ -159,6 +164,12 @@ def send_parameters(parameters: Sequence[nn.Parameter]) -> None:
     for source in range(size()):
         theirs = [p.data for p, whose in zip(parameters, owner, strict=True) if whose == source]
         _in_buckets(theirs, lambda flat, source=source: dist.broadcast(flat, source))  # type: ignore[misc]
+
+
+class Spread(Protocol):
+    """spread() or alone(): who takes which part of the numbers 0..num-1."""
+
+    def __call__(self, work: Callable[[range], T], num: int) -> list[T]: ...
 
 
 @dataclass(frozen=True, slots=True)

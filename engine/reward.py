@@ -7,10 +7,11 @@ shuffled apart would repeat every response K-1 times an epoch, and overfit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
-from twinhead.engine import data, losses, options
+from twinhead.engine import data, losses, options, ranks
 from twinhead.engine.batch import Example
 from twinhead.engine.data import Comparison, Order
 from twinhead.engine.evaluate import accuracies, score_groups
@@ -19,7 +20,7 @@ from twinhead.engine.metrics import Sums
 from twinhead.engine.optim import Optimizer
 from twinhead.engine.policy import RewardModel
 from twinhead.engine.run import Run
-from twinhead.engine.scorers import model_scores
+from twinhead.engine.scorers import model_scores, shared_scores
 from twinhead.engine.shares import micro_batches
 from twinhead.engine.text import Text
 from twinhead.engine.trunk import check_fit, checkpoint_gradients, set_precision
@@ -65,7 +66,7 @@ def train(config: Config) -> Run:
             stats = update(model, optimizer, [elements[i] for i in order.batch(step - 1)], config)
         if eval_set is not None and (step == total or order.epoch(step) > order.epoch(step - 1)):
             with run.timed("evaluate"):
-                measured = accuracies(model, eval_set, config.tokens_per_micro)
+                measured = accuracies(model, eval_set, config.tokens_per_micro, ranks.spread)
                 stats |= {f"eval/{name}": value for name, value in measured.items()}
         if step == total:
             stats |= normalise(model, demonstrations, train_set[:REFERENCES], config)
@@ -107,7 +108,8 @@ def normalise(
     Returns the raw mean that became 0, and the spread: the root mean square of scores around their prompt's mean.
     Raises ValueError where a scale is asked for and all demonstrations score the same.
     """
-    scores = model_scores(model, demonstrations, config.tokens_per_micro).double()
+    ask = partial(model_scores, model)
+    scores = shared_scores(ask, demonstrations, config.tokens_per_micro).double()
     model.mean += scores.mean().item()
     if config.normalisation == "mean_std":
         deviation = scores.std(correction=0).item()
@@ -117,7 +119,7 @@ def normalise(
             )
         model.head.weight.div_(deviation)
         model.mean /= deviation
-    scores = model_scores(model, [e for c in ranked for e in c.examples], config.tokens_per_micro).double()
+    scores = shared_scores(ask, [e for c in ranked for e in c.examples], config.tokens_per_micro).double()
     around = [group - group.mean() for group in scores.split([len(c.examples) for c in ranked])]
     model.spread = torch.cat(around).square().mean().sqrt().item()
     return {"demonstration_mean": model.mean, "spread": model.spread}

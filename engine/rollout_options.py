@@ -91,7 +91,6 @@ class PPO(RunConfig):
         self._check_rewards()
         self._check_critic()
         whole = self.gamma == 1 and not self.bootstrap_truncated
-        averaged = self.ema_decay is None or (0 <= self.ema_decay < 1 and not self.lora_rank)
         check(
             self,
             steps=(self.steps >= 1, "at least 1"),
@@ -119,7 +118,7 @@ class PPO(RunConfig):
                 self.advantage == "gae" or (self.advantage == "bandit" and whole),
                 f"one of {', '.join(ADVANTAGES)}, bandit with gamma=1 and without bootstrap_truncated",
             ),
-            ema_decay=(averaged, "at least 0 and below 1, without lora_rank"),
+            ema_decay=(self.ema_decay is None or 0 <= self.ema_decay < 1, "at least 0 and below 1"),
             stop_kl_nats=(self.stop_kl_nats is None or self.stop_kl_nats > 0, "above 0"),
             eval_prompts=(not self.eval_prompts or self.eval_every > 0, "none without eval_every"),
             best_by=(not self.best_by or self.eval_every > 0, "none without eval_every"),

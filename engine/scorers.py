@@ -123,22 +123,18 @@ class Scorer:
         parts: dict[str, Tensor] = {}
         beside: dict[str, Tensor] = {}
         if isinstance(self.reward_model, Ensemble):
-            opinions = self._spread(self.reward_model.opinions, rollouts)
+            opinions = shared_scores(self.reward_model.opinions, rollouts, self.tokens_per_micro)
             parts["reward_model"] = self.reward_model.combined(opinions)
             beside["reward_model/std"] = opinions.std(0, correction=0)
         elif self.reward_model is not None:
-            parts["reward_model"] = self._spread(partial(model_scores, self.reward_model), rollouts)
+            ask = partial(model_scores, self.reward_model)
+            parts["reward_model"] = shared_scores(ask, rollouts, self.tokens_per_micro)
         if self.functions:
             completions = [self.text.decode(r.response) for r in rollouts]
             for name, function in self.functions.items():
                 parts[name] = ranks.first(partial(score_with, function, rollouts, completions, asked))
         total = torch.stack([w * part for w, part in zip(self.weights, parts.values(), strict=True)]).sum(0)
         return total, parts | beside
-
-    def _spread(self, ask: Callable[[Sequence[Rollout], int], Tensor], rollouts: Sequence[Rollout]) -> Tensor:
-        """(..., S): every rank asks for a part of the rollouts."""
-        parts = ranks.spread(lambda rows: ask(rollouts[rows.start : rows.stop], self.tokens_per_micro), len(rollouts))
-        return torch.cat(parts, -1)
 
 
 @torch.no_grad()
@@ -150,6 +146,14 @@ def model_scores(reward_model: RewardModel, sequences: Sequence[TokenSequence], 
         for micro in micro_batches(sequences, lengths, tokens_per_micro)
     ]
     return torch.cat(scores) if scores else torch.zeros(0)
+
+
+def shared_scores(
+    ask: Callable[[Sequence[TokenSequence], int], Tensor], sequences: Sequence[TokenSequence], tokens_per_micro: int
+) -> Tensor:
+    """(..., S): what a reward model says, of which every rank asks for a part; all call it together."""
+    parts = ranks.spread(lambda rows: ask(sequences[rows.start : rows.stop], tokens_per_micro), len(sequences))
+    return torch.cat(parts, -1)
 
 
 def score_with(

@@ -78,7 +78,7 @@ def _fit(
             stats = update(policy, optimizer, [train_set[i] for i in order.batch(step - 1)], config)
         if eval_set is not None and (step == total or order.epoch(step) > order.epoch(step - 1)):
             with run.timed("evaluate"):
-                held_out = perplexity(policy, eval_set, config.tokens_per_micro)
+                held_out = perplexity(policy, eval_set, config.tokens_per_micro, ranks.spread)
             stats |= {"eval/loss": held_out.loss, "eval/ppl": held_out.ppl}
         run.log(step, stats, note=f"loss {stats['loss']:.3f}")
     return run.finish()

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,14 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import peers
 from tests import toys
-from twinhead.engine import grpo, ppo, ranks, run, shares
-from twinhead.engine.batch import Rollout
+from tests.models import classifier, model
+from twinhead.engine import adam, batch, evaluate, grpo, ppo, ranks, run, scorers, shares
+from twinhead.engine.batch import Example, Rollout
+from twinhead.engine.data import Comparison
 from twinhead.engine.optim import Optimizer
+from twinhead.engine.policy import Policy, RewardModel
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,12 +46,14 @@ class Left:
     error: str
     tokens: list[list[int]]  # of every response that was generated
     moments: int  # bytes that its optimizer remembers
+    measured: int  # held-out sequences or comparisons that it passed through a model itself, and rollouts to score
 
 
 def train(job: Job, box: dict[str, str], folder: Path) -> Left:
     """Do one job in this process, with the others if there are any; the run stands in folder / job.name."""
     tokens: list[list[int]] = []
     optimizers: list[Optimizer] = []
+    measured: list[int] = []
     if job.cut is not None:
         ranks.first(lambda: cut(folder / job.cut[0], folder / job.name, job.cut[1]))
 
@@ -54,6 +61,10 @@ def train(job: Job, box: dict[str, str], folder: Path) -> Left:
         rollouts = shares.generate(*arguments)
         tokens.extend(r.response for r in rollouts)
         return rollouts
+
+    def micro_batches(items: Sequence[Any], lengths: Sequence[int], tokens_per_micro: int) -> Iterator[list[Any]]:
+        measured.append(len(items))
+        return batch.micro_batches(items, lengths, tokens_per_micro)
 
     def track(self: run.Run, *models: Any, optimizer: Optimizer, **state: Any) -> None:
         optimizers.append(optimizer)
@@ -63,6 +74,8 @@ def train(job: Job, box: dict[str, str], folder: Path) -> Left:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "generate", generate)
         patch.setattr(grpo, "generate", generate)
+        patch.setattr(evaluate, "micro_batches", micro_batches)
+        patch.setattr(scorers, "micro_batches", micro_batches)
         patch.setattr(run.Run, "track", track)
         if job.fails:
             fail(patch, *job.fails.split())
@@ -73,8 +86,8 @@ def train(job: Job, box: dict[str, str], folder: Path) -> Left:
         except (ValueError, OSError, RuntimeError, KeyError) as raised:
             error = f"{type(raised).__name__}: {raised}"
     states = [state for o in optimizers for state in o.adam.state.values()]
-    moments = sum(t.nbytes for state in states for t in state.values() if t.ndim)
-    return Left(error, tokens, moments)
+    moments = sum(t.nbytes for state in states for t in adam.plain(state).values() if t.ndim)
+    return Left(error, tokens, moments, sum(measured))
 
 
 def fail(patch: pytest.MonkeyPatch, place: str, rank: str) -> None:
@@ -131,11 +144,25 @@ def probe() -> dict[str, Any]:
         "collected": ranks.collected(own),
         "spread": [list(part) for part in ranks.spread(lambda rows: rows, 5)],
         "first": ranks.first(lambda: f"rank {own}"),
+        "held out": [ranks.first(lambda: held_out(ranks.alone)), held_out(ranks.spread)],
     }
 
 
-def together(jobs: list[Job], box: dict[str, str], folder: Path) -> list[tuple[dict[str, Left], dict[str, Any]]]:
-    """Do all jobs in two processes: what each rank knows of every one of them, and what its probe() found."""
+def held_out(spread: ranks.Spread) -> list[float]:
+    """What a policy and a reward model say of one example and one comparison: too few for two ranks."""
+    example, other = Example([4, 5], [6, 7, 8]), Example([4, 5], [9])
+    surprise = evaluate.perplexity(Policy(model(), "none"), [example], spread=spread)
+    ordered = evaluate.reward_accuracy(RewardModel(classifier()), [Comparison([example, other], [0, 1])], spread=spread)
+    return [surprise.loss, float(surprise.num_targets), ordered.micro, ordered.macro, ordered.loss]
+
+
+def together(
+    jobs: list[Job], box: dict[str, str], folder: Path, torchao: bool = False
+) -> list[tuple[dict[str, Left], dict[str, Any]]]:
+    """Do all jobs in two processes: what each rank knows of every one of them, and what its probe() found.
+
+    torchao: they have the package, which warns of much as it is imported, without its compiler.
+    """
     folder.mkdir()
     (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
     (folder / "box.json").write_text(json.dumps(box))
@@ -146,7 +173,7 @@ def together(jobs: list[Job], box: dict[str, str], folder: Path) -> list[tuple[d
     shared["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.pair", str(folder)],
+            [sys.executable, "-m", "tests.pair", str(folder), *(["torchao"] if torchao else [])],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE, text=True,
         )
@@ -154,7 +181,7 @@ def together(jobs: list[Job], box: dict[str, str], folder: Path) -> list[tuple[d
     ]  # fmt: skip
     said = [process.communicate(timeout=170)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
-    assert said[1] == "", "only the first rank speaks"
+    assert torchao or said[1] == "", "only the first rank speaks"
     found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     return [({name: Left(**left) for name, left in rank["jobs"].items()}, rank["probe"]) for rank in found]
 
@@ -170,4 +197,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if "torchao" in sys.argv[2:]:
+        peers.load(peers.TORCHAO, "torchao.optim")
+        torch.compiler.set_stance("force_eager")
     main(Path(sys.argv[1]))

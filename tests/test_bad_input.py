@@ -448,7 +448,7 @@ VALUES = [
     ("ppo", {"kl_in": "both"}, "kl_in: expected reward, or loss with another kl_kind than k1"),
     ("ppo", {"kl_in": "loss"}, "kl_in: expected reward, or loss with another kl_kind than k1, whose expected gradient"),
     ("ppo", {"advantage": "td"}, "advantage: expected one of gae, bandit"),
-    ("ppo", {"ema_decay": 1}, "ema_decay: expected at least 0 and below 1, without lora_rank, got 1.0"),
+    ("ppo", {"ema_decay": 1}, "ema_decay: expected at least 0 and below 1, got 1.0"),
     ("ppo", {"stop_kl_nats": 0}, "stop_kl_nats: expected above 0, got 0.0"),
     ("ppo", {"eval_prompts": "p"}, "eval_prompts: expected none without eval_every, got 'p'"),
     ("ppo", {"best_by": "eval/score"}, "best_by: expected none without eval_every, got 'eval/score'"),

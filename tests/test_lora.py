@@ -217,6 +217,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "reward": {},
     "ppo": {"ptx_data": "{documents}"},
     "ppo, all on one base": {"reward_model": "{judge}", "reward_functions": (), "share": "all"},
+    "ppo with an average": {"ema_decay": 0.9, "eval_every": 1, "eval_prompts": "{heldout}"},
     "grpo": {"beta": 0.1},
     "dpo": {},
     "dpo with a table": {"precompute_reference": True},

@@ -18,7 +18,7 @@ from torch._library.custom_ops import OPDEFS
 from benchmarks import peers
 from tests import toys
 from tests.models import ids, model
-from twinhead.engine import memory, ppo, trunk
+from twinhead.engine import lora, memory, ppo, trunk
 from twinhead.engine.cli import main
 from twinhead.engine.generate import Sampling, generate
 from twinhead.engine.memory import Memory
@@ -140,6 +140,8 @@ def test_a_critic_s_own_layers_are_planned(critic: str, box: Box) -> None:
 def test_an_average_and_the_states_of_the_reference_are_planned(box: Box) -> None:
     found, plain = parts(plan(config(box, ema_decay=0.9, kl_kind="full", kl_in="loss"))), parts(plan(config(box)))
     assert found["average of the weights"] == plain["policy"]
+    adapters = lora.num_weights(Policy.from_pretrained(box["model"]).model, lora.Lora(4, 8))
+    assert parts(plan(config(box, ema_decay=0.9, lora_rank=4)))["average of the weights"] == 4 * adapters
     assert found["states of the reference"] == 8 * 5 * 32 * 4
     exact = {"kl_kind": "full", "kl_in": "loss"}
     away = {part.name: part.phases for part in plan(config(box, device="cuda", offload=True, **exact)).parts}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks import peers
 from tests import pair, toys
 from tests.pair import Job, Left
 from twinhead.engine import cli, planning, ppo, ranks
@@ -22,7 +23,7 @@ from twinhead.engine.optim import Optimizer
 KEPT = {"save_every": 1, "keep_checkpoints": 9}
 RICH = {
     "reward_model": "{reward_model}", "normalise_scores": True, "tokens_per_micro": 20, "kl_target_nats": 0.01,
-    "kl_horizon": 20, "ptx_data": "{documents}", "ptx_batch_size": 5,
+    "kl_horizon": 20, "ptx_data": "{documents}", "ptx_batch_size": 5, "eval_prompts": "{heldout}", "eval_every": 1,
 }  # fmt: skip
 STEADY = {"learning_rate": 1e-3, "adam_eps": 1e-5}  # AdamW divides what is nothing but rounding by its size
 ODD = {"tokens_per_micro": 8, "batch_size": 3} | STEADY
@@ -30,7 +31,7 @@ UNPAIRED = {"loss": "kto", "data": "{unpaired}", "eval_data": "{labelled}", "pre
 ALIKE = [
     Job("pretrain", "pretrain", {"batch_size": 3} | STEADY),
     Job("sft", "sft", ODD),
-    Job("reward", "reward", {"centring_coef": 0.1}),
+    Job("reward", "reward", {"centring_coef": 0.1, "eval_data": "{conflict}", "normalisation": "mean_std"}),
     Job("dpo", "dpo"),
     Job("kto", "dpo", UNPAIRED | {"batch_size": 5}),
     Job("ppo", "ppo", RICH),
@@ -99,11 +100,22 @@ def test_rollouts_are_the_same_tokens(name: str, done: Done) -> None:
     assert done.alone[name].tokens == done.ranks[0][name].tokens == done.ranks[1][name].tokens
 
 
+@pytest.mark.parametrize("name", ["pretrain", "sft", "reward", "ppo"])
+def test_what_is_held_out_is_shared(name: str, done: Done) -> None:
+    """Text, comparisons, demonstrations that a reward is normalised by, and rollouts: each is read by one rank."""
+    whole = done.alone[name].measured
+    parts = [rank[name].measured for rank in done.ranks]
+    assert whole >= 8 and sum(parts) == whole
+    assert max(parts) <= 0.6 * whole
+
+
 def test_the_runs_were_what_they_are_meant_to_be(done: Done) -> None:
     """Without these, the tests above would say less than they seem to."""
     updates = [line["policy/num_updates"] for line in toys.metrics(done.one / "stop")]
     assert 2 in updates, "kl_stop ends some steps early"
     assert len({line["objective/kl_coef"] for line in toys.metrics(done.one / "ppo")}) == 3
+    assert {"eval/micro", "eval/labeler/ann", "spread"} <= toys.metrics(done.one / "reward")[-1].keys()
+    assert {"eval/score", "eval/eos_rate"} <= toys.metrics(done.one / "ppo")[-1].keys()
     assert (done.two / "kto" / "reference.json").read_bytes() == (done.one / "kto" / "reference.json").read_bytes()
 
 
@@ -152,6 +164,35 @@ def test_one_process_goes_on_from_what_two_have_left(done: Done) -> None:
     assert saved[0].keys() == saved[1].keys()
 
 
+@pytest.mark.skipif(not peers.TORCHAO.folder.is_dir(), reason=f"needs {peers.TORCHAO.label}: make peers")
+def test_moments_of_8_bits_are_shared_too(done: Done, tmp_path: Path) -> None:
+    """Square matrices get 8 bits, the others do not; without the compiler, which takes half a minute."""
+    wide = toys.language_model(tmp_path / "wide", hidden_size=64, num_hidden_layers=1, num_key_value_heads=4)
+    eight = {"model": wide, "adam_bits": 8} | STEADY | KEPT
+    jobs = [
+        Job("whole", "sft", eight),
+        Job("sharded", "sft", eight | {"shard_optimizer": True}),
+        Job("resumed", "sft", eight | {"shard_optimizer": True}, cut=("sharded", 1)),
+    ]
+    found = [jobs for jobs, _ in pair.together(jobs, done.box, tmp_path / "two", torchao=True)]
+    assert [[left.error for left in rank.values()] for rank in found] == [[""] * 3] * 2
+    whole, sharded = ([rank[name].moments for rank in found] for name in ("whole", "sharded"))
+    assert whole == [sum(sharded)] * 2
+    assert max(sharded) < 0.6 * sum(sharded)
+    for name in ("sharded", "resumed"):
+        assert toys.metrics(tmp_path / "two" / name) == toys.metrics(tmp_path / "two" / "whole")
+        for step in (2, 3):
+            for file in ("model", "optimizer"):
+                path = f"checkpoint-{step}/{file}.safetensors"
+                ours, theirs = (load_file(tmp_path / "two" / run / path) for run in (name, "whole"))
+                assert ours.keys() == theirs.keys()
+                assert [key for key, tensor in theirs.items() if not torch.equal(ours[key], tensor)] == []
+    square = {key for key, tensor in theirs.items() if tensor.numel() >= 64 * 64}
+    assert {key.rpartition(".")[2] for key in square} == {"exp_avg:codes", "exp_avg_sq:codes"}
+    assert {theirs[key].dtype for key in square} == {torch.uint8}
+    assert any(key.endswith(".exp_avg") for key in theirs), "the small ones keep 32 bits"
+
+
 def test_the_plan_knows_of_it(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
     given = toys.options("ppo", done.box) | {"output_dir": "run"}
     plain, sharded = ppo.Config(**given), ppo.Config(**given, shard_optimizer=True)
@@ -161,10 +202,16 @@ def test_the_plan_knows_of_it(done: Done, monkeypatch: pytest.MonkeyPatch) -> No
     assert planning.moments(sharded, parameter) == planning.moments(plain, parameter) // 4
 
 
-def test_a_rank_may_have_nothing_to_remember(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_rank_may_have_nothing_to_remember(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if bits == 8:
+        if not peers.TORCHAO.folder.is_dir():
+            pytest.skip(f"needs {peers.TORCHAO.label}: make peers")
+        peers.load(peers.TORCHAO, "torchao.optim")
     monkeypatch.setattr(ranks, "size", lambda: 3)
     monkeypatch.setattr(ranks, "rank", lambda: 2)
-    optimizer = Optimizer(torch.nn.Linear(2, 1), RunConfig(output_dir="run", shard_optimizer=True), 1)
+    config = RunConfig(output_dir="run", shard_optimizer=True, adam_bits=bits)
+    optimizer = Optimizer(torch.nn.Linear(2, 1), config, 1)
     assert len(optimizer.parameters) == 2 and optimizer.own == {}
     optimizer.adam.step()
     assert not optimizer.adam.state
@@ -199,6 +246,13 @@ def test_what_is_told_arrives(done: Done) -> None:
         assert probe["collected"] == ([] if own else [0, 1])
         assert probe["spread"] == [[0, 1], [2, 3, 4]]
         assert probe["first"] == "rank 0"
+
+
+def test_a_rank_may_have_nothing_to_read(done: Done) -> None:
+    """And the first one may measure alone, as a caller's own evaluation does, while the others wait."""
+    alone = pair.held_out(ranks.alone)
+    assert alone[1] == 3.0 and alone[4] > 0.0
+    assert [probe["held out"] for probe in done.probes] == [[pytest.approx(alone)] * 2] * 2
 
 
 def test_one_process_asks_nobody() -> None:

@@ -20,6 +20,7 @@ from twinhead.engine.experience import Batch
 from twinhead.engine.generate import generate
 from twinhead.engine.metrics import Sums
 from twinhead.engine.optim import Optimizer
+from twinhead.engine.penalty import Penalty
 from twinhead.engine.policy import Policy, RewardModel
 from twinhead.engine.sampling import Sampling
 from twinhead.engine.trunk import checkpoint_gradients
@@ -42,8 +43,8 @@ class Recorder:
         return {}
 
 
-def policy(architecture: str = "llama", critic: str = "shared", **changes: Any) -> Policy:
-    made = Policy(model(architecture, **changes), critic)
+def policy(architecture: str = "llama", critic: str = "shared", branch_layers: int = 2, **changes: Any) -> Policy:
+    made = Policy(model(architecture, **changes), critic, branch_layers)
     if made.value_head is not None:
         nn.init.normal_(made.value_head.weight, generator=torch.Generator().manual_seed(1))
     return made
@@ -210,17 +211,27 @@ def test_fine_tuning_never_builds_the_logits(architecture: str) -> None:
     assert VOCABULARY * 32 < watch.largest < num_logits
 
 
-@pytest.mark.parametrize("critic", ["shared", "detached"])
-def test_ppo_never_builds_the_logits(critic: str) -> None:
+KL = {f"{kind} in the {place}": {"kl_kind": kind, "kl_in": place} for kind, place in (
+    ("k1", "reward"), ("full", "reward"), ("k2", "loss"), ("k3", "loss"), ("full", "loss"),
+)}  # fmt: skip
+
+
+@pytest.mark.parametrize("kl", KL)
+@pytest.mark.parametrize("critic", ["shared", "detached", "branch"])
+def test_ppo_never_builds_the_logits(critic: str, kl: str) -> None:
+    """Nor those of the reference, however much of the divergence from it is asked for."""
     _, num_logits = long_examples()
-    trained = policy(critic=critic, vocab_size=VOCABULARY)
-    reference = trained.frozen_copy()
+    trained = policy(critic=critic, vocab_size=VOCABULARY, branch_layers=1)
+    reference = Policy(model(vocab_size=VOCABULARY, seed=1), "none").requires_grad_(False)
     rollouts = generate(trained, ids([PROMPT] * ROWS), Sampling(max_new_tokens=RESPONSE, stop=()))
-    config = ppo.Config(model="m", prompts="p", steps=1, minibatches=1, epochs=2, rollouts_per_step=ROWS)
+    config = ppo.Config(model="m", prompts="p", steps=1, minibatches=1, epochs=2, rollouts_per_step=ROWS, **KL[kl])
     optimizer = Optimizer(trained, config, 2)
     with Watch() as watch:
         batch, _ = ppo.examine(trained, reference, rollouts, torch.linspace(-1, 1, ROWS), 0.1, config, 0)
-        ppo.update(trained, optimizer, batch, None, config, random.Random(0))
+        charged = Penalty.in_loss(config, reference, 0.1)
+        updated = ppo.update(trained, optimizer, batch, None, config, random.Random(0), charged)
+    assert len(batch[0]) == 1, "one pass for all"
+    assert (updated.get("policy/ref_kl", 0.0) > 0.01) == (config.kl_in == "loss")
     assert {torch.ops.aten.embedding_dense_backward, torch.ops.aten._fused_adamw_} <= watch.seen
     assert VOCABULARY * 32 < watch.largest < num_logits
 
