@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from twinhead.engine import backbone, data, losses, mismatch, ranks, rollout_options, scorers
+from twinhead.engine import backbone, data, losses, mismatch, planning, ranks, rollout_options, scorers
 from twinhead.engine.batch import Example, Rollout, cumulative, pack, segment_ids
 from twinhead.engine.data import Order, Prompt
 from twinhead.engine.evaluate import describe
@@ -111,7 +111,9 @@ def train(
     functions = [*map(scorers.load_function, config.reward_functions), *reward_funcs]
     if config.process_function:
         process = scorers.load_function(config.process_function, "process_function")
-    policy, reference, scorer = load(config, run, text, functions)
+    planning.foresee(config, run)
+    with run.timed("load"):
+        policy, reference, scorer = load(config, run, text, functions)
     for model in filter(None, (policy, scorer.reward_model)):
         check_fit(model.model, [Example(p.tokens, []) for p in prompts], config.max_new_tokens)
     optimizer = Optimizer(policy, config, config.steps * config.epochs * config.minibatches)
