@@ -190,7 +190,8 @@ def objective(
     for micro in micro_batches(batch, lengths, config.tokens_per_micro):
         answers = [e for judged in micro for e in judged.answers]
         packed = pack(answers, policy.device)
-        logprobs, ref_logprobs = response_logprobs(policy, packed), reference(packed, answers)  # (S,)
+        ref_logprobs = reference(packed, answers)  # (S,); asked first, while nothing is kept for the gradient
+        logprobs = response_logprobs(policy, packed)  # (S,)
         if baseline is None:
             found = contrast_pairs(logprobs, ref_logprobs, packed.cu_rows.diff(), micro, config)
         else:

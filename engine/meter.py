@@ -84,24 +84,16 @@ def of_a_scoring(model: PreTrainedModel, packed: Packed, config: RunConfig) -> i
     return max(of_a_pass(model, packed), head)
 
 
-def of_learning(
-    model: PreTrainedModel,
-    packed: Packed,
-    config: RunConfig,
-    several: bool,
-    early: bool = True,
-    beside: PreTrainedModel | None = None,
-) -> int:
+def of_learning(model: PreTrainedModel, packed: Packed, config: RunConfig, several: bool, early: bool = True) -> int:
     """The most that lives, gradients included, while a micro-batch is learned from; of `several`, the second one.
 
     early: the fused head finds its gradients with the loss (linear_ppo_loss), else in backward (linear_logprob).
-    beside: a frozen model that scores the micro-batch between the two passes of the learner.
     """
     model.zero_grad()
     if config.gradient_checkpointing:
         trunk.checkpoint_gradients(model)
     weight, block = model.get_output_embeddings().weight, of_a_block(model, packed, config)
-    with Meter(model, *filter(None, [beside])) as meter:
+    with Meter(model) as meter:
         for _ in range(2 if several else 1):
             rows = trunk.packed_pass(model, packed)[packed.rows]
             if early:
@@ -109,8 +101,6 @@ def of_learning(
             else:
                 loss = LateHead.apply(rows, weight, block)
                 del rows
-            if beside is not None:
-                _score(beside, packed, block)
             loss.backward()
             del loss
     model.eval()
@@ -153,12 +143,6 @@ def _gradients(rows: Tensor, weight: Tensor, block: int) -> tuple[Tensor, Tensor
     drows = torch.empty_like(rows)
     del logits
     return drows, None if dweight is None else dweight.to(weight.dtype)
-
-
-def _score(model: PreTrainedModel, packed: Packed, block: int) -> None:
-    with torch.no_grad():
-        rows = trunk.packed_pass(model, packed)[packed.rows]
-        LateHead.apply(rows, model.get_output_embeddings().weight, block)
 
 
 def of_a_critic(network: PreTrainedModel, packed: Packed, several: bool) -> int:

@@ -249,8 +249,11 @@ def _dpo(config: DPO, policy: PreTrainedModel, reference: PreTrainedModel) -> It
     if beforehand:
         every = pack([example] * max(1, config.tokens_per_micro // config.max_length))
         yield Part("pass of the reference", meter.of_a_scoring(reference, every, config), ("reference",))
-    beside, several = None if beforehand else reference, config.batch_size > prompts
-    living = meter.of_learning(policy, micro, config, several, early=False, beside=beside)
+    several = config.batch_size > prompts
+    living = meter.of_learning(policy, micro, config, several, early=False)
+    if not beforehand:  # it is asked before the policy, beside the gradients of earlier micro-batches
+        earlier = sum(p.nbytes for p in _learning(policy)) if several else 0
+        living = max(living, earlier + meter.of_a_scoring(reference, micro, config))
     yield from _update(config, policy, micro, living)
 
 
