@@ -34,6 +34,7 @@ from twinhead.engine.lora import Lora
 from twinhead.engine.metrics import Sums
 from twinhead.engine.optim import Optimizer
 from twinhead.engine.policy import Policy
+from twinhead.engine.residence import pinned, resident
 from twinhead.engine.run import Run
 from twinhead.engine.sampling import Sampling
 from twinhead.engine.scorers import ProcessFunction, RewardFunction, Scorer
@@ -133,7 +134,7 @@ def train(
         if not groups:
             run.log(step, stats, note="nothing to learn: in every group all answers are worth the same")
             continue
-        with run.timed("examine"):
+        with run.timed("examine"), resident(reference, policy.device):
             batch, examined = examine(policy, reference, groups, config, run.seed("deal", step))
         with run.timed("update"):
             updated = update(policy, optimizer, batch, config, random.Random(run.seed("shuffle", step)))
@@ -155,10 +156,13 @@ def load(
     policy = Policy.from_pretrained(config.model, "none", dtype, device, Lora.of(config), run.resume_from)
     if config.gradient_checkpointing:
         checkpoint_gradients(policy.model)
+    home = torch.device("cpu") if config.offload else device
     reference: Policy | None = backbone.reference(policy) if config.beta > 0 else None
     if config.beta > 0 and reference is None:
-        reference = Policy.from_pretrained(config.model, "none", dtype, device).requires_grad_(False).eval()
-    judge = scorers.load_reward_model(config.reward_model, text, dtype, device) if config.reward_model else None
+        reference = Policy.from_pretrained(config.model, "none", dtype, home).requires_grad_(False).eval()
+    judge = scorers.load_reward_model(config.reward_model, text, dtype, home) if config.reward_model else None
+    for frozen in filter(None, (reference, judge)) if config.offload else ():
+        pinned(frozen)
     for model in filter(None, (policy, reference, judge)):
         set_precision(model.model, config.dtype)
     return policy, reference, Scorer(text, judge, functions, config.reward_weights, config.tokens_per_micro)
@@ -183,7 +187,7 @@ def gather(
         with run.timed("generate"):
             seed = run.seed(f"rollout {attempt}", step)
             rollouts = generate(policy, [p.tokens for p in asked], replace(sampling, seed=seed))
-        with run.timed("score"):
+        with run.timed("score"), resident(judge.scorer.reward_model, policy.device):
             totals, steps, sources = judge(rollouts, asked)
         found = compare(rollouts, totals, steps, config)
         groups += [group for group in found if not config.resample or varied(group)]

@@ -221,8 +221,9 @@ def _grpo(config: GRPO, policy: PreTrainedModel, judges: Sequence[PreTrainedMode
     step, asked = Step.of(config, config.prompts_per_step * config.group_size), config.beta > 0
     yield Part("policy", nbytes(policy), PHASES)
     yield _adam(config, _learning(policy), LATER)
-    yield Part("reference", nbytes(policy) if asked and not config.lora_rank else 0, PHASES)
-    yield from _whole(config, judges, PHASES)
+    held = nbytes(policy) if asked and not config.lora_rank else 0  # under adapters it is the policy's base
+    yield Part("reference", held, ("examine",) if config.offload else PHASES)
+    yield from _whole(config, judges, ("score",) if config.offload else PHASES)
     yield from _rollouts(config, policy, judges, step)
     scoring = meter.of_a_scoring(policy, step.micro, config)
     yield Part("pass of the reference", scoring if asked or config.old_logprobs == "recompute" else 0, ("examine",))

@@ -20,7 +20,6 @@ from tests.models import model
 from twinhead.engine import dpo, grpo, memory, planning, ppo, trunk
 from twinhead.engine.cli import main
 from twinhead.engine.config import RunConfig
-from twinhead.engine.memory import Memory
 from twinhead.engine.metrics import JsonLines
 from twinhead.engine.optim import Optimizer
 from twinhead.engine.outline import Unplannable
@@ -182,6 +181,8 @@ def test_grpo_plans_no_more_than_it_loads(box: Box) -> None:
     head = 4 * (32 + 1)
     assert (plain["gradients"][0], plain["Adam, 32 bits"][0]) == (like["gradients"] - head, 2 * plain["policy"][0])
     assert "reference" not in found(beta=0.1, lora_rank=2)
+    away = found(beta=0.1, device="cuda", offload=True)
+    assert (away["reference"][1], away["reward model"][1]) == (("examine",), ("score",))
 
 
 def test_dpo_plans_the_reference_where_it_is_asked(box: Box) -> None:
@@ -362,38 +363,3 @@ def test_a_run_without_a_plan_trains_and_says_so(
     assert "plan: expected another model" in said and "measured (planned)" not in said
     assert not any("planned" in name for line in run.timings for name in line)
     assert {f"peak_mb/{phase}" for phase in (PAIRED if stage == "dpo" else PHASES)} <= next(iter(run.timings)).keys()
-
-
-# -- measuring ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not memory.REFERENCES.exists(), reason="needs Linux: a process that can set its peak back")
-def test_a_peak_is_what_was_held_since_the_restart() -> None:
-    used = Memory("cpu")
-    used.restart()
-    held = torch.ones(32 * 2**20)
-    assert used.peak > 0.9 * held.nbytes
-    del held
-    assert used.peak > 100e6
-    used.restart()
-    assert used.peak < 64e6
-
-
-def test_without_linux_the_peak_is_that_of_the_whole_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "STATUS", tmp_path / "none")
-    monkeypatch.setattr(memory, "REFERENCES", tmp_path / "none" / "none")
-    monkeypatch.setattr(memory.resource, "getrusage", lambda who: lives.pop(0))
-    lives = [type("Usage", (), {"ru_maxrss": size}) for size in (1000, 3000, 3000)]
-    used = Memory("cpu")
-    assert used.peak == 2000 * 1024
-    used.restart()
-    assert used.peak == 2000 * 1024
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the device's own account of its memory")
-def test_a_gpu_counts_its_tensors() -> None:
-    used = Memory("cuda")
-    used.restart()
-    before = used.peak
-    held = torch.ones(2**20, device="cuda")
-    assert used.peak - before == held.nbytes
