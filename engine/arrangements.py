@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from twinhead.engine import lora, planning
 from twinhead.engine.lora import Lora
+from twinhead.engine.outline import outline
 from twinhead.engine.rollout_options import PPO
 
 RANK = 16  # of adapters where the options ask for none
@@ -43,7 +44,7 @@ def arrangements(config: PPO) -> list[Arrangement]:
     """Every arrangement of models of the size of config.model. Raises ValueError as planning.plan does."""
     chosen = Lora.of(config) or Lora(RANK, 2 * RANK)
     with FakeTensorMode():
-        model = planning.outline(AutoModelForCausalLM, config.model, config)
+        model = outline(AutoModelForCausalLM, config.model, config)
         every: list[nn.Parameter] = list(model.parameters())
         trunk: list[nn.Parameter] = list(model.base_model.parameters())  # a critic and a reward model have another head
         lora.attach(model, chosen, empty=True)

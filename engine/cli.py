@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import transformers
 from rich.console import Console
@@ -22,6 +23,7 @@ from twinhead.engine import arrangements, data, demo, dpo, grpo, ppo, presets, r
 from twinhead.engine.config import Source, check, parse
 from twinhead.engine.evaluate import accuracies, perplexity, win_rate
 from twinhead.engine.generate import generate
+from twinhead.engine.planning import plan
 from twinhead.engine.policy import Policy, RewardModel
 from twinhead.engine.sampling import Sampling
 from twinhead.engine.text import Text, spoken
@@ -54,10 +56,25 @@ class GenerateConfig(Sampling):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(ppo.Config):
-    """PPO on prompts, against a reward model or, in Python, reward functions."""
+class Planned:
+    """What a command that can be planned adds to the options of its stage."""
 
     plan: bool = False  # print the memory that every part will take in every phase, and load nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(Planned, ppo.Config):
+    """PPO on prompts, against a reward model or, in Python, reward functions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(Planned, grpo.Config):
+    """Group-relative policy optimisation on prompts: several answers to each, compared with each other; no critic."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(Planned, dpo.Config):
+    """Direct preference optimisation on comparisons, or on single answers labelled good or bad (kto)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,13 +158,14 @@ def run_demo(config: demo.Config) -> None:
     console.print(f"report: {demo.run(config, console)}", highlight=False, soft_wrap=True)
 
 
-def run_ppo(config: PPOConfig) -> None:
-    """Train, or print what memory that would take."""
-    chosen = ppo.Config(**{field.name: getattr(config, field.name) for field in fields(ppo.Config)})
+def run_planned(stage: Any, config: Any) -> None:
+    """Train, or print what memory that would take: for PPO in other arrangements of its models as well."""
+    chosen = stage.Config(**{field.name: getattr(config, field.name) for field in fields(stage.Config)})
     if config.plan:
-        Console().print(ppo.plan(chosen).table(), arrangements.table(chosen))
+        others = [arrangements.table(chosen)] if stage is ppo else []
+        Console().print(plan(chosen).table(), *others)
     else:
-        ppo.train(chosen)
+        stage.train(chosen)
 
 
 def run_generate(config: GenerateConfig) -> None:
@@ -222,9 +240,9 @@ COMMANDS: dict[str, tuple[type, Callable[..., object]]] = {
     "pretrain": (sft.PretrainConfig, sft.pretrain),
     "sft": (sft.Config, sft.train),
     "reward": (reward.Config, reward.train),
-    "ppo": (PPOConfig, run_ppo),
-    "dpo": (dpo.Config, dpo.train),
-    "grpo": (grpo.Config, grpo.train),
+    "ppo": (PPOConfig, partial(run_planned, ppo)),
+    "dpo": (DPOConfig, partial(run_planned, dpo)),
+    "grpo": (GRPOConfig, partial(run_planned, grpo)),
     "generate": (GenerateConfig, run_generate),
     "evaluate": (EvaluateConfig, run_evaluate),
     "report": (ReportConfig, run_report),

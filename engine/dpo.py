@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twinhead.engine import backbone, data, losses, options, ranks
+from twinhead.engine import backbone, data, losses, options, planning, ranks
 from twinhead.engine.batch import Example, cumulative, pack
 from twinhead.engine.config import Source
 from twinhead.engine.data import Order, Unpaired
@@ -70,13 +70,11 @@ def train(config: Config) -> Run:
     train_set, summary = read(config.data, text, config)
     eval_set, _ = read(config.eval_data, text, config) if config.eval_data else ([], "")
     run.say(summary)
-    dtype, device = config.torch_dtype, config.torch_device
-    policy = Policy.from_pretrained(config.model, "none", dtype, device, Lora.of(config), run.resume_from)
-    set_precision(policy.model, config.dtype)
+    planning.foresee(config, run)
+    with run.timed("load"):
+        policy = load(config, run)
     examples = [e for judged in [*train_set, *eval_set] for e in (*judged.answers, judged.stranger) if e]
     check_fit(policy.model, examples)
-    if config.gradient_checkpointing:
-        checkpoint_gradients(policy.model)
     order = Order(len(train_set), config.batch_size, config.seed)
     total = order.steps(config.epochs)
     optimizer = Optimizer(policy, config, total)
@@ -132,6 +130,16 @@ def strangers(items: Sequence[Unpaired], max_length: int, seed: int) -> list[Exa
     return [found[i] for i in range(len(items))]
 
 
+def load(config: Config, run: Run) -> Policy:
+    """The policy to train."""
+    dtype, device = config.torch_dtype, config.torch_device
+    policy = Policy.from_pretrained(config.model, "none", dtype, device, Lora.of(config), run.resume_from)
+    set_precision(policy.model, config.dtype)
+    if config.gradient_checkpointing:
+        checkpoint_gradients(policy.model)
+    return policy
+
+
 def load_reference(learner: Policy, run: Run, text: Text, examples: Sequence[Example], config: Config) -> Reference:
     """The frozen policy that log-ratios are taken to, or what it says of all examples, computed once.
 
@@ -182,7 +190,8 @@ def objective(
     for micro in micro_batches(batch, lengths, config.tokens_per_micro):
         answers = [e for judged in micro for e in judged.answers]
         packed = pack(answers, policy.device)
-        logprobs, ref_logprobs = response_logprobs(policy, packed), reference(packed, answers)  # (S,)
+        ref_logprobs = reference(packed, answers)  # (S,); asked first, while nothing is kept for the gradient
+        logprobs = response_logprobs(policy, packed)  # (S,)
         if baseline is None:
             found = contrast_pairs(logprobs, ref_logprobs, packed.cu_rows.diff(), micro, config)
         else:

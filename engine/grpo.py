@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from twinhead.engine import backbone, data, losses, mismatch, ranks, rollout_options, scorers
+from twinhead.engine import backbone, data, losses, mismatch, planning, ranks, rollout_options, scorers
 from twinhead.engine.batch import Example, Rollout, cumulative, pack, segment_ids
 from twinhead.engine.data import Order, Prompt
 from twinhead.engine.evaluate import describe
@@ -34,6 +34,7 @@ from twinhead.engine.lora import Lora
 from twinhead.engine.metrics import Sums
 from twinhead.engine.optim import Optimizer
 from twinhead.engine.policy import Policy
+from twinhead.engine.residence import pinned, resident
 from twinhead.engine.run import Run
 from twinhead.engine.sampling import Sampling
 from twinhead.engine.scorers import ProcessFunction, RewardFunction, Scorer
@@ -111,7 +112,9 @@ def train(
     functions = [*map(scorers.load_function, config.reward_functions), *reward_funcs]
     if config.process_function:
         process = scorers.load_function(config.process_function, "process_function")
-    policy, reference, scorer = load(config, run, text, functions)
+    planning.foresee(config, run)
+    with run.timed("load"):
+        policy, reference, scorer = load(config, run, text, functions)
     for model in filter(None, (policy, scorer.reward_model)):
         check_fit(model.model, [Example(p.tokens, []) for p in prompts], config.max_new_tokens)
     optimizer = Optimizer(policy, config, config.steps * config.epochs * config.minibatches)
@@ -131,7 +134,7 @@ def train(
         if not groups:
             run.log(step, stats, note="nothing to learn: in every group all answers are worth the same")
             continue
-        with run.timed("examine"):
+        with run.timed("examine"), resident(reference, policy.device):
             batch, examined = examine(policy, reference, groups, config, run.seed("deal", step))
         with run.timed("update"):
             updated = update(policy, optimizer, batch, config, random.Random(run.seed("shuffle", step)))
@@ -153,10 +156,13 @@ def load(
     policy = Policy.from_pretrained(config.model, "none", dtype, device, Lora.of(config), run.resume_from)
     if config.gradient_checkpointing:
         checkpoint_gradients(policy.model)
+    home = torch.device("cpu") if config.offload else device
     reference: Policy | None = backbone.reference(policy) if config.beta > 0 else None
     if config.beta > 0 and reference is None:
-        reference = Policy.from_pretrained(config.model, "none", dtype, device).requires_grad_(False).eval()
-    judge = scorers.load_reward_model(config.reward_model, text, dtype, device) if config.reward_model else None
+        reference = Policy.from_pretrained(config.model, "none", dtype, home).requires_grad_(False).eval()
+    judge = scorers.load_reward_model(config.reward_model, text, dtype, home) if config.reward_model else None
+    for frozen in filter(None, (reference, judge)) if config.offload else ():
+        pinned(frozen)
     for model in filter(None, (policy, reference, judge)):
         set_precision(model.model, config.dtype)
     return policy, reference, Scorer(text, judge, functions, config.reward_weights, config.tokens_per_micro)
@@ -181,7 +187,7 @@ def gather(
         with run.timed("generate"):
             seed = run.seed(f"rollout {attempt}", step)
             rollouts = generate(policy, [p.tokens for p in asked], replace(sampling, seed=seed))
-        with run.timed("score"):
+        with run.timed("score"), resident(judge.scorer.reward_model, policy.device):
             totals, steps, sources = judge(rollouts, asked)
         found = compare(rollouts, totals, steps, config)
         groups += [group for group in found if not config.resample or varied(group)]

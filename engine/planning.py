@@ -1,57 +1,47 @@
-"""A bill of materials: the bytes of everything that PPO will hold, phase by phase, before anything is loaded.
+"""A bill of materials: the bytes of all that PPO, GRPO or DPO will hold, phase by phase, before anything is loaded.
 
     phase      what it holds besides what stays from one phase to the next
     load       the models, as they come from their files
     generate   the cache of keys and values; a prefill of all slots, or the logits of a decoding step
     score      one pass of the reward model
     examine    one pass of the reference, and a block of its logits
+    reference  (DPO) the same, where it is asked beforehand
     update     gradients, what one micro-batch keeps for them, and the fused head
 
 Weights are counted on a model without data. So are activations: PyTorch runs the passes of the real trunk on tensors
 that have a size and no memory (FakeTensorMode), and a meter adds up what lives. The rest are the formulas below. The
-worst case is planned: every prompt of `max_prompt_tokens`, every response of `max_new_tokens`.
+worst case is planned: every prompt of `max_prompt_tokens`, every response of `max_new_tokens`; for DPO two answers to
+each prompt (kto: one), each of `max_length` tokens.
 """
 
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    DynamicCache,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from twinhead.engine import adam, attention, lora, ranks, trunk
+from twinhead.engine import adam, lora, meter, ranks, trunk
 from twinhead.engine import critic as critics
-from twinhead.engine.batch import Example, Packed, cumulative, pack
+from twinhead.engine.batch import Example, Packed, pack
+from twinhead.engine.config import RunConfig
 from twinhead.engine.generate import PREFILL_TOKENS
 from twinhead.engine.lora import Lora
-from twinhead.engine.rollout_options import PPO
-from twinhead.kernels._head import blocks
+from twinhead.engine.options import DPO
+from twinhead.engine.outline import Unplannable, nbytes, outline, shaped
+from twinhead.engine.rollout_options import GRPO, PPO
+from twinhead.engine.run import Run
 
-PHASES = ("load", "generate", "score", "examine", "update")
+PHASES = ("load", "generate", "score", "examine", "update")  # of PPO and GRPO
+PAIRED = ("load", "reference", "update")  # of DPO
+LATER = PHASES[1:]
 MB = 1e6
-
-
-class Unplannable(ValueError):
-    """An architecture whose passes do not run without data: experts do what they read."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +58,7 @@ class Plan:
     """What every phase holds when it holds most: the sum of its parts."""
 
     parts: tuple[Part, ...]
+    phases: tuple[str, ...] = PHASES
 
     def peak(self, phase: str) -> int:
         """Bytes."""
@@ -76,110 +67,126 @@ class Plan:
     @property
     def peaks(self) -> dict[str, int]:
         """Bytes of every phase."""
-        return {phase: self.peak(phase) for phase in PHASES}
+        return {phase: self.peak(phase) for phase in self.phases}
 
     def table(self) -> Table:
         """Megabytes of every part in every phase, and their sums."""
-        table = Table("MB", *PHASES, title="planned memory, besides the libraries")
+        table = Table("MB", *self.phases, title="planned memory, besides the libraries")
         for column in table.columns[1:]:
             column.justify = "right"
         for part in self.parts:
-            table.add_row(part.name, *(_mb(part.bytes) if phase in part.phases else "" for phase in PHASES))
+            table.add_row(part.name, *(_mb(part.bytes) if phase in part.phases else "" for phase in self.phases))
         table.add_section()
-        table.add_row("peak", *(_mb(self.peak(phase)) for phase in PHASES), style="bold")
+        table.add_row("peak", *(_mb(self.peak(phase)) for phase in self.phases), style="bold")
         return table
 
 
-def plan(config: PPO) -> Plan:
+class Stage(NamedTuple):
+    """How a stage is planned."""
+
+    phases: tuple[str, ...]
+    models: Callable[[Any], tuple[Any, ...]]  # outlines of all that it loads, from its options
+    parts: Callable[..., Iterator[Part]]  # from its options and these outlines
+
+
+@dataclass(frozen=True)
+class Step:
+    """The rollouts of one step at their longest, and how they are cut."""
+
+    responses: int
+    micro: Packed  # one micro-batch of a minibatch
+    scored: Packed  # one of all rollouts
+    several: bool  # a minibatch has more than one
+
+    @classmethod
+    def of(cls, config: PPO | GRPO, responses: int) -> Step:
+        fitting = max(1, config.tokens_per_micro // (config.max_prompt_tokens + config.max_new_tokens))
+        sequences = min(-(-responses // config.minibatches), fitting)
+        micro, scored = (
+            pack([Example([0] * config.max_prompt_tokens, [0] * config.max_new_tokens)] * num)
+            for num in (sequences, min(responses, fitting))
+        )
+        return cls(responses, micro, scored, responses > sequences * config.minibatches)
+
+
+def plan(config: PPO | GRPO | DPO) -> Plan:
     """The plan of a run, from the config.json of its models and from its options.
 
     Raises ValueError for a folder without a model, and Unplannable.
     """
+    stage = next(stage for kind, stage in STAGES.items() if isinstance(config, kind))
     with FakeTensorMode():
-        policy = outline(AutoModelForCausalLM, config.model, config)
-        if chosen := Lora.of(config):
-            lora.attach(policy, chosen, empty=True)
-        reference = outline(AutoModelForCausalLM, config.reference, config) if config.reference else policy
-        paths = [config.reward_model] if config.reward_model else config.reward_models
-        judges = [outline(AutoModelForSequenceClassification, path, config, num_labels=1) for path in paths]
-        network = _network(config, policy)
+        models = stage.models(config)
         try:
-            return Plan(tuple(part for part in _parts(config, policy, reference, judges, network) if part.bytes))
+            return Plan(tuple(part for part in stage.parts(config, *models) if part.bytes), stage.phases)
         except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise Unplannable(f"plan: expected passes that run without data, got {config.model!r}: {reason}") from error
 
 
-def _parts(
+def foresee(config: PPO | GRPO | DPO, run: Run) -> None:
+    """What memory every phase should take; the run reports what it took. A few architectures have no plan."""
+    try:
+        run.expect(plan(config).peaks)
+    except Unplannable as error:
+        run.say(str(error))
+
+
+# -- PPO ---------------------------------------------------------------------------------------------------------------
+
+
+def _ppo_models(config: PPO) -> tuple[Any, ...]:
+    policy = _learner(config)
+    reference = outline(AutoModelForCausalLM, config.reference, config) if config.reference else policy
+    paths = [config.reward_model] if config.reward_model else config.reward_models
+    return policy, reference, _judges(config, *paths), _network(config, policy)
+
+
+def _ppo(
     config: PPO,
     policy: PreTrainedModel,
     reference: PreTrainedModel,
     judges: Sequence[PreTrainedModel],
     network: PreTrainedModel | None,
 ) -> Iterator[Part]:
-    words, width = policy.get_output_embeddings().weight.shape
-    valued = width if network is None else network.get_input_embeddings().weight.shape[1]
-    own = [] if network is None else _own(config, network)
-    batch, slots = config.rollouts_per_step, min(config.num_slots, config.rollouts_per_step)
-    length = config.max_prompt_tokens + config.max_new_tokens
-    sequences = min(-(-batch // config.minibatches), max(1, config.tokens_per_micro // length))  # of one micro-batch
-    micro, everyone = _packed(config, sequences), _packed(config, min(batch, max(1, config.tokens_per_micro // length)))
-    home = () if config.offload else PHASES
-    later = PHASES[1:]
-
-    learning = [p for p in policy.parameters() if p.requires_grad]
-    size, remembered = _bytes(policy), sum(map(partial(moments, config), (*learning, *own)))
-    yield Part("policy", size, PHASES)
-    yield Part("critic", sum(p.nbytes for p in own), PHASES)
-    yield Part("value head", 4 * (valued + 1), PHASES)
-    averaged = [] if config.ema_decay is None else learning
-    yield Part("average of the weights", sum(4 * p.numel() for p in averaged), PHASES)
-    yield Part(f"Adam, {config.adam_bits} bits", remembered + 8 * (valued + 1), later)
+    width = policy.get_input_embeddings().weight.shape[1]
+    head = 4 * (1 + (width if network is None else network.get_input_embeddings().weight.shape[1]))
+    step, own = Step.of(config, config.rollouts_per_step), [] if network is None else _own(config, network)
     exact = config.kl_kind == "full" and config.kl_in == "loss"
     alone = config.reference or not config.lora_rank  # else it is the policy's base
-    asked = home or (("examine", "update") if exact else ("examine",))
-    yield Part("reference", _bytes(reference) if alone else 0, asked)
-    if judges:
-        yield from _judging(config, judges, width)
-        yield Part("pass of the reward model", max(_pass(judge, everyone) for judge in judges), ("score",))
-    cache = slots * length * _bytes_of_a_token(policy)
-    kept = config.cuda_graphs and config.device_type == "cuda"  # graphs were captured with its addresses
-    cached = later if kept else ("generate",)
-    yield Part("cache of keys and values", min(cache, config.cache_bytes or cache), cached)
-    read = min(slots, max(1, PREFILL_TOKENS // config.max_prompt_tokens))
-    prompts = pack([Example([0] * config.max_prompt_tokens, [])] * read)
-    drawing = slots * words * (4 if config.dtype == "float32" else 2 + 4)  # logits, and the float32 that is drawn from
-    yield Part("prefill, or logits of a decoding step", max(_pass(policy, prompts), drawing), ("generate",))
-    numbers = batch * (4 * length + 8 * config.max_new_tokens) * 8  # packed int64, and float32 of every response token
-    yield Part("rollouts and experience", numbers, later)
-    head = _block(micro, words, width, config)
-    several = batch > sequences * config.minibatches
-    examined, valuing = (0, 0) if network is None else _valuing(network, own, micro, several)
-    passed = max(_pass(reference, micro), examined, head + _rows(micro, width, config))
-    yield Part("pass of the reference", passed, ("examine",))
-    states = batch * config.max_new_tokens * reference.get_input_embeddings().weight.shape[1]
+    asked = ("examine", "update") if exact else ("examine",)
+
+    yield Part("policy", nbytes(policy), PHASES)
+    yield Part("critic", sum(p.nbytes for p in own), PHASES)
+    yield Part("value head", head, PHASES)
+    averaged = [] if config.ema_decay is None else _learning(policy)
+    yield Part("average of the weights", sum(4 * p.numel() for p in averaged), PHASES)
+    yield _adam(config, [*_learning(policy), *own], LATER, 2 * head)
+    yield Part("reference", nbytes(reference) if alone else 0, asked if config.offload else PHASES)
+    if config.share == "all":
+        yield _guests(config, judges, width)
+    else:
+        yield from _whole(config, judges, ("score",) if config.offload else PHASES)
+    yield from _rollouts(config, policy, judges, step)
+    examined = 0 if network is None else meter.of_a_pass(network, step.micro)
+    valuing = 0 if network is None else meter.of_a_critic(network, step.micro, step.several)
+    scoring = meter.of_a_scoring(reference, step.micro, config)
+    yield Part("pass of the reference", max(scoring, examined), ("examine",))
+    states = step.responses * config.max_new_tokens * reference.get_input_embeddings().weight.shape[1]
     yield Part("states of the reference", states * config.torch_dtype.itemsize if exact else 0, ("examine", "update"))
-    gradients = sum(p.nbytes for p in learning) + 4 * (width + 1)
-    yield Part("gradients", gradients, ("update",))
     yield Part("critic's gradients and activations", valuing, ("update",))
-    living = _learning(policy, micro, head, several, config)
+    living = meter.of_learning(policy, step.micro, config, step.several)
     if config.ptx_data:
         text = pack([Example([], [0] * config.ptx_max_length)] * config.ptx_batch_size)
-        living = max(living, _learning(policy, text, _block(text, words, width, config), True, config))
-    yield Part("logits of the fused head", head, ("update",))
-    yield Part("activations of a micro-batch", max(0, living - gradients - head), ("update",))
+        living = max(living, meter.of_learning(policy, text, config, several=True))
+    yield from _update(config, policy, step.micro, living, 4 * (width + 1))
 
 
-def _judging(config: PPO, judges: Sequence[PreTrainedModel], width: int) -> Iterator[Part]:
-    """The reward models: whole ones, or an adapter and a head each on the policy's base of this width."""
-    if config.share == "all":
-        paths = [config.reward_model] if config.reward_model else config.reward_models
-        sizes = (lora.num_weights(judge, lora.described(path)) for judge, path in zip(judges, paths, strict=True))
-        yield Part("adapter and head of the reward model", 4 * (sum(sizes) + width * len(judges)), PHASES)
-        return
-    unread = sum(j.get_input_embeddings().weight.nbytes for j in judges) if config.device_type == "cpu" else 0
-    yield Part("reward model", sum(map(_bytes, judges)) - unread, ("score",) if config.offload else PHASES)
-    yield Part("its embedding, once it is read", unread, PHASES[1:])
+def _guests(config: PPO, judges: Sequence[PreTrainedModel], width: int) -> Part:
+    """Reward models that are an adapter and a head each, on the policy's base of this width."""
+    paths = [config.reward_model] if config.reward_model else config.reward_models
+    sizes = (lora.num_weights(judge, lora.described(path)) for judge, path in zip(judges, paths, strict=True))
+    return Part("adapter and head of the reward model", 4 * (sum(sizes) + width * len(judges)), PHASES)
 
 
 def _network(config: PPO, policy: PreTrainedModel) -> PreTrainedModel | None:
@@ -188,7 +195,7 @@ def _network(config: PPO, policy: PreTrainedModel) -> PreTrainedModel | None:
         critics.check_branch(config.branch_layers, trunk.num_layers(policy))
         described = copy.deepcopy(policy.config)
         critics.keep_top(described, config.branch_layers)
-        return _shaped(AutoModel, described, config)
+        return shaped(AutoModel, described, config)
     if config.critic != "separate":
         return None
     beside = critics.found(config.model, "separate")
@@ -197,137 +204,132 @@ def _network(config: PPO, policy: PreTrainedModel) -> PreTrainedModel | None:
 
 
 def _own(config: PPO, network: PreTrainedModel) -> list[nn.Parameter]:
-    """The weights that the critic alone has: a branch shares the policy's embeddings."""
+    """The weights that the critic alone has, and that learn: a branch shares the policy's embeddings."""
     shared = [m.weight for m in network.modules() if isinstance(m, nn.Embedding) and config.critic == "branch"]
-    return [p for p in network.parameters() if all(p is not other for other in shared)]
+    for weight in shared:
+        weight.requires_grad_(False)
+    return _learning(network)
 
 
-def _valuing(network: PreTrainedModel, own: list[nn.Parameter], packed: Packed, several: bool) -> tuple[int, int]:
-    """The most that lives during a pass of a critic's own layers that keeps nothing, and while they learn from one."""
-    network.requires_grad_(False)
-    for p in own:
-        p.requires_grad_(True)
-    with Meter(network) as meter:
-        for _ in range(2 if several else 1):
-            trunk.packed_pass(network, packed)[packed.rows].sum().backward()
-    return _pass(network, packed), meter.peak
+# -- GRPO --------------------------------------------------------------------------------------------------------------
 
 
-def outline(factory: Any, path: str, config: PPO, **options: Any) -> PreTrainedModel:
-    """A model that has shapes and no data, with our attention."""
-    if path.startswith((".", "/")) and not Path(path).is_dir():
-        raise ValueError(f"expected a checkpoint folder, got {path!r}, which does not exist")
-    try:
-        return _shaped(factory, AutoConfig.from_pretrained(path, **options), config)
-    except Unplannable:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path!r} cannot be loaded as {factory.__name__}: {reason}") from error
+def _grpo_models(config: GRPO) -> tuple[Any, ...]:
+    return _learner(config), _judges(config, *filter(None, [config.reward_model]))
 
 
-def _shaped(factory: Any, described: PreTrainedConfig, config: PPO) -> PreTrainedModel:
-    model = factory.from_config(described, dtype=config.torch_dtype).eval()
-    if experts := [type(m).__name__ for m in model.modules() if type(m).__name__.endswith("Experts")]:
-        raise Unplannable(f"plan: expected a model without experts, which work on what they like, got {experts[0]}")
-    model.set_attn_implementation(attention.NAME)
-    trunk.set_precision(model, config.dtype)
-    return model
+def _grpo(config: GRPO, policy: PreTrainedModel, judges: Sequence[PreTrainedModel]) -> Iterator[Part]:
+    step, asked = Step.of(config, config.prompts_per_step * config.group_size), config.beta > 0
+    yield Part("policy", nbytes(policy), PHASES)
+    yield _adam(config, _learning(policy), LATER)
+    held = nbytes(policy) if asked and not config.lora_rank else 0  # under adapters it is the policy's base
+    yield Part("reference", held, ("examine",) if config.offload else PHASES)
+    yield from _whole(config, judges, ("score",) if config.offload else PHASES)
+    yield from _rollouts(config, policy, judges, step)
+    scoring = meter.of_a_scoring(policy, step.micro, config)
+    yield Part("pass of the reference", scoring if asked or config.old_logprobs == "recompute" else 0, ("examine",))
+    living = meter.of_learning(policy, step.micro, config, step.several, early=False)
+    yield from _update(config, policy, step.micro, living)
 
 
-def _packed(config: PPO, sequences: int) -> Packed:
-    return pack([Example([0] * config.max_prompt_tokens, [0] * config.max_new_tokens)] * sequences)
+# -- DPO ---------------------------------------------------------------------------------------------------------------
 
 
-def _bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+def _dpo_models(config: DPO) -> tuple[Any, ...]:
+    policy = _learner(config)
+    return policy, outline(AutoModelForCausalLM, config.reference, config) if config.reference else policy
 
 
-def moments(config: PPO, p: nn.Parameter) -> int:
+def _dpo(config: DPO, policy: PreTrainedModel, reference: PreTrainedModel) -> Iterator[Part]:
+    example, answers = Example([0], [0] * (config.max_length - 1)), 1 if config.loss == "kto" else 2
+    prompts = min(config.batch_size, max(1, config.tokens_per_micro // (answers * config.max_length)))
+    micro, beforehand = pack([example] * answers * prompts), config.precompute_reference
+    alone = config.reference or not config.lora_rank  # else it is the policy's base
+    yield Part("policy", nbytes(policy), PAIRED)
+    yield _adam(config, _learning(policy), ("update",))
+    yield Part("reference", nbytes(reference) if alone else 0, PAIRED[1:2] if beforehand else PAIRED[1:])
+    if beforehand:
+        every = pack([example] * max(1, config.tokens_per_micro // config.max_length))
+        yield Part("pass of the reference", meter.of_a_scoring(reference, every, config), ("reference",))
+    several = config.batch_size > prompts
+    living = meter.of_learning(policy, micro, config, several, early=False)
+    if not beforehand:  # it is asked before the policy, beside the gradients of earlier micro-batches
+        earlier = sum(p.nbytes for p in _learning(policy)) if several else 0
+        living = max(living, earlier + meter.of_a_scoring(reference, micro, config))
+    yield from _update(config, policy, micro, living)
+
+
+# -- what stages share -------------------------------------------------------------------------------------------------
+
+
+def _learner(config: PPO | GRPO | DPO) -> PreTrainedModel:
+    """The policy, with the adapters that it learns by."""
+    policy = outline(AutoModelForCausalLM, config.model, config)
+    if chosen := Lora.of(config):
+        lora.attach(policy, chosen, empty=True)
+    return policy
+
+
+def _judges(config: RunConfig, *paths: str) -> list[PreTrainedModel]:
+    return [outline(AutoModelForSequenceClassification, path, config, num_labels=1) for path in paths]
+
+
+def _learning(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _adam(config: RunConfig, learning: Sequence[nn.Parameter], phases: tuple[str, ...], beside: int = 0) -> Part:
+    return Part(f"Adam, {config.adam_bits} bits", sum(map(partial(moments, config), learning)) + beside, phases)
+
+
+def moments(config: RunConfig, p: nn.Parameter) -> int:
     """Both of Adam's: in 8 bits a byte and a 256th of a float32 scale for each number."""
     both = 2 * (p.numel() + 4 * p.numel() // adam.BLOCK) if adam.in_8_bits(p, config) else 2 * p.nbytes
     return both // ranks.size() if config.shard_optimizer else both
 
 
-def _bytes_of_a_token(model: PreTrainedModel) -> int:
-    """Keys and values of one token in all layers."""
-    cache, token = DynamicCache(), torch.zeros(1, 1, dtype=torch.int64)
-    layout = attention.Ragged((1,), cumulative([1]))
-    with torch.no_grad(), trunk.precision(model):
-        model.base_model(input_ids=token, position_ids=token, past_key_values=cache, use_cache=True, layout=layout)
-    numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-    return numbers * cache.layers[0].values.element_size()  # as cache.py has it: keys in the dtype of the values
+def _whole(config: RunConfig, judges: Sequence[PreTrainedModel], phases: tuple[str, ...]) -> Iterator[Part]:
+    """Reward models: on the host the rows of an embedding come from the file once they are read."""
+    unread = sum(j.get_input_embeddings().weight.nbytes for j in judges) if config.device_type == "cpu" else 0
+    yield Part("reward model", sum(map(nbytes, judges)) - unread, phases)
+    yield Part("its embedding, once it is read", unread, LATER)
 
 
-def _pass(model: PreTrainedModel, packed: Packed) -> int:
-    """The most that lives during one pass that keeps nothing."""
-    with Meter(model) as meter, torch.no_grad():
-        trunk.packed_pass(model, packed)
-    return meter.peak
+def _rollouts(
+    config: PPO | GRPO, policy: PreTrainedModel, judges: Sequence[PreTrainedModel], step: Step
+) -> Iterator[Part]:
+    """What it takes to generate and to score."""
+    passes = [meter.of_a_pass(judge, step.scored) for judge in judges]
+    yield Part("pass of the reward model", max(passes, default=0), ("score",))
+    length, slots = config.max_prompt_tokens + config.max_new_tokens, min(config.num_slots, step.responses)
+    cache = slots * length * meter.of_a_token(policy)
+    kept = config.cuda_graphs and config.device_type == "cuda"  # graphs were captured with its addresses
+    cached = LATER if kept else ("generate",)
+    yield Part("cache of keys and values", min(cache, config.cache_bytes or cache), cached)
+    read = min(slots, max(1, PREFILL_TOKENS // config.max_prompt_tokens))
+    prompts, words = (
+        pack([Example([0] * config.max_prompt_tokens, [])] * read),
+        len(policy.get_output_embeddings().weight),
+    )
+    drawing = slots * words * (4 if config.dtype == "float32" else 2 + 4)  # logits, and the float32 that is drawn from
+    yield Part("prefill, or logits of a decoding step", max(meter.of_a_pass(policy, prompts), drawing), ("generate",))
+    numbers = step.responses * (4 * length + 8 * config.max_new_tokens) * 8  # packed int64, float32 of response tokens
+    yield Part("rollouts and experience", numbers, LATER)
 
 
-def _rows(packed: Packed, width: int, config: PPO) -> int:
-    """The hidden states of all tokens, and of those that predict."""
-    return (len(packed.tokens) + packed.num_targets) * width * config.torch_dtype.itemsize
+def _update(config: RunConfig, policy: PreTrainedModel, micro: Packed, living: int, beside: int = 0) -> Iterator[Part]:
+    """What lives while the policy learns, of which this much are gradients and logits. beside: gradients of a head."""
+    gradients, logits = sum(p.nbytes for p in _learning(policy)) + beside, meter.of_a_block(policy, micro, config)
+    yield Part("gradients", gradients, ("update",))
+    yield Part("logits of the fused head", logits, ("update",))
+    yield Part("activations of a micro-batch", max(0, living - gradients - logits), ("update",))
 
 
-def _block(packed: Packed, words: int, width: int, config: PPO) -> int:
-    """A block of float32 logits; off the GPU half precision is multiplied in float32, by a copy of the head."""
-    rows = next(blocks(packed.targets)).stop
-    widened = config.dtype != "float32" and config.device_type == "cpu"
-    return 4 * rows * words + (4 * words * width if widened else 0)
-
-
-def _learning(model: PreTrainedModel, packed: Packed, block: int, several: bool, config: PPO) -> int:
-    """The most that lives, gradients included, while a micro-batch is learned from; of `several`, the second one.
-
-    The fused head holds a block of logits beside the gradients of its rows and of its matrix, and backward multiplies
-    those by the slope of the loss, into new memory.
-    """
-    model.zero_grad()
-    if config.gradient_checkpointing:
-        trunk.checkpoint_gradients(model)
-    weight = model.get_output_embeddings().weight
-    with Meter(model) as meter:
-        for _ in range(2 if several else 1):
-            rows = trunk.packed_pass(model, packed)[packed.rows]
-            logits = torch.empty(block, dtype=torch.uint8)
-            learned = [rows, weight] if weight.requires_grad else [rows]
-            found = [torch.empty_like(x, dtype=kind) for x, kind in zip(learned, (None, torch.float32), strict=False)]
-            del logits
-            slopes = [x * 1 for x in found]
-            del found
-            torch.autograd.backward(learned, [slopes.pop(0).to(x.dtype) for x in learned])
-            del rows, learned
-    model.eval()
-    return meter.peak
-
-
-class Meter(TorchDispatchMode):
-    """Adds up the bytes of the tensors that operations make while they live; those of `model` are known already."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage())
-        return result
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata not in self._known:
-            self._known.add(storage._cdata)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
-
-    def _forget(self, identity: int, size: int) -> None:
-        self._known.discard(identity)
-        self.live -= size
+STAGES = {
+    PPO: Stage(PHASES, _ppo_models, _ppo),
+    GRPO: Stage(PHASES, _grpo_models, _grpo),
+    DPO: Stage(PAIRED, _dpo_models, _dpo),
+}
 
 
 def _mb(size: int) -> str:

@@ -64,7 +64,7 @@ def train(
     run.say(prompts.summary())
     functions = [*map(scorers.load_function, config.reward_functions), *reward_funcs]
     process = scorers.load_function(config.process_function, "process_function") if config.process_function else process
-    foresee(config, run)
+    planning.foresee(config, run)
     with run.timed("load"):
         policy, reference, scorer = load(config, run, text, functions)
     expect_fit(policy, scorer, prompts, mix, config)
@@ -158,14 +158,6 @@ def drawing(text: Text, config: Config) -> Sampling:
         cache_bytes=config.cache_bytes, bootstrap=config.bootstrap_truncated and valued,
         cuda_graphs=config.cuda_graphs, keep_cache=config.cuda_graphs, stop=tuple(text.stop_ids),
     )  # fmt: skip
-
-
-def foresee(config: Config, run: Run) -> None:
-    """What memory every phase should take; the run reports what it took. A few architectures have no plan."""
-    try:
-        run.expect(plan(config).peaks)
-    except planning.Unplannable as error:
-        run.say(str(error))
 
 
 def load(config: Config, run: Run, text: Text, functions: Sequence[RewardFunction]) -> tuple[Policy, Policy, Scorer]:

@@ -235,6 +235,8 @@ class GRPO(RunConfig):
     """Subtracted from the score of an answer of max_new_tokens."""
     eval_every: int = 0
     """Steps between calls of the evaluation function; 0: never."""
+    offload: bool = False
+    """Reference and reward model live on the host and come to the GPU only to be asked."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -259,7 +261,13 @@ class GRPO(RunConfig):
             resample=(self.resample >= 0, "at least 0 (0: groups stay as they are)"),
             overlong_buffer=(0 <= self.overlong_buffer <= self.max_new_tokens, "0 to max_new_tokens"),
             eval_every=(self.eval_every >= 0, "at least 0 (0: never)"),
+            offload=(
+                not self.offload or self.device_type == "cuda",
+                "False on the device cpu, which is the host itself",
+            ),
         )
+        frozen = bool(self.reward_model) or (self.beta > 0 and not self.lora_rank)
+        check(self, offload=(frozen or not self.offload, "False without a reward model or a reference to send away"))
 
     @property
     def clips(self) -> tuple[float, float]:

@@ -27,12 +27,13 @@ LAYERS = """
     presets
     sft reward dpo ppo grpo
     arrangements
-    run evaluate report labeler reference best_of planning penalty validation backbone
+    planning
+    run evaluate report labeler reference best_of penalty validation backbone
     shares
     checkpoint generate scorers experience selection ema
     step
-    policy data optim docstrings diversity
-    critic
+    policy data optim docstrings diversity meter
+    critic outline
     trunk
     weights graphs lora formats preferences
     cache

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import toys
-from twinhead.engine import attention, ppo, trunk
+from twinhead.engine import attention, grpo, ppo, trunk
 from twinhead.engine.config import RunConfig
 
 Box = dict[str, str]
@@ -317,13 +317,26 @@ def test_a_device_that_is_not_there_is_refused(
 
 
 @pytest.mark.parametrize("device", ["cpu", "auto"])
-def test_offload_needs_a_device_of_its_own(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("config_type", [ppo.Config, grpo.Config])
+def test_offload_needs_a_device_of_its_own(
+    config_type: type[RunConfig], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given = {"model": "m", "prompts": "p", "steps": 1, "reward_model": "r", "offload": True}
     with pytest.raises(
         ValueError, match=r"^offload: expected False on the device cpu, which is the host itself, got T"
     ):
-        ppo.Config(model="m", prompts="p", steps=1, device=device, offload=True)
-    assert ppo.Config(model="m", prompts="p", steps=1, device="cuda", offload=True).offload
+        config_type(**given, device=device)
+    assert config_type(**given, device="cuda").offload
+
+
+def test_grpo_offloads_what_it_has() -> None:
+    given = {"model": "m", "prompts": "p", "steps": 1, "device": "cuda", "offload": True}
+    for nobody in ({}, {"beta": 0.1, "lora_rank": 2}):
+        with pytest.raises(ValueError, match=r"^offload: expected False without a reward model or a reference to send"):
+            grpo.Config(**given, **nobody)
+    for frozen in ({"beta": 0.1}, {"reward_model": "r", "lora_rank": 2}):
+        assert grpo.Config(**given, **frozen).offload
 
 
 def test_auto_takes_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The plan against what is there: every part, what lives during an update, and the memory of a whole process."""
+"""The plan against what is there: every part, and the memory of a whole process."""
 
 from __future__ import annotations
 
@@ -13,23 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch._library.custom_ops import OPDEFS
 
 from benchmarks import peers
 from tests import toys
-from tests.models import ids, model
-from twinhead.engine import lora, memory, ppo, trunk
+from tests.models import model
+from twinhead.engine import dpo, grpo, lora, memory, planning, ppo, trunk
 from twinhead.engine.cli import main
-from twinhead.engine.generate import Sampling, generate
-from twinhead.engine.memory import Memory
+from twinhead.engine.config import RunConfig
 from twinhead.engine.metrics import JsonLines
 from twinhead.engine.optim import Optimizer
-from twinhead.engine.planning import PHASES, Meter, Plan, Unplannable, plan
+from twinhead.engine.outline import Unplannable
+from twinhead.engine.planning import PAIRED, PHASES, Plan, plan
 from twinhead.engine.policy import Policy, RewardModel
-from twinhead.engine.trunk import checkpoint_gradients
 
 Box = dict[str, str]
-PROMPT, RESPONSE, ROWS = 2, 52, 30
 
 
 @pytest.fixture(scope="module")
@@ -170,45 +167,46 @@ def test_text_of_the_mix_is_learned_from_as_well(box: Box) -> None:
     assert peaks[1] > 2 * peaks[0]
 
 
-# -- what lives --------------------------------------------------------------------------------------------------------
+def test_grpo_plans_no_more_than_it_loads(box: Box) -> None:
+    def found(**changes: Any) -> dict[str, tuple[int, tuple[str, ...]]]:
+        chosen = toys.options("grpo", box) | {"reward_model": box["reward_model"]} | changes
+        return {part.name: (part.bytes, part.phases) for part in plan(grpo.Config(**chosen)).parts}
+
+    plain, held, like = found(), found(beta=0.1), parts(plan(config(box, rollouts_per_step=12)))
+    assert not {"reference", "pass of the reference", "critic", "value head"} & plain.keys()
+    assert held["reference"] == (plain["policy"][0], PHASES)
+    assert "pass of the reference" in held.keys() & found(old_logprobs="recompute").keys()
+    for name in ("policy", "reward model", "its embedding, once it is read", "pass of the reward model"):
+        assert plain[name][0] == like[name]
+    for name in ("cache of keys and values", "rollouts and experience", "prefill, or logits of a decoding step"):
+        assert plain[name][0] == like[name]  # three prompts, four answers to each
+    head = 4 * (32 + 1)
+    assert (plain["gradients"][0], plain["Adam, 32 bits"][0]) == (like["gradients"] - head, 2 * plain["policy"][0])
+    assert "reference" not in found(beta=0.1, lora_rank=2)
+    away = found(beta=0.1, device="cuda", offload=True)
+    assert (away["reference"][1], away["reward model"][1]) == (("examine",), ("score",))
 
 
-class Whole(Meter):
-    """Looks into the operators of torch.library too."""
+def test_dpo_plans_the_reference_where_it_is_asked(box: Box) -> None:
+    def found(**changes: Any) -> dict[str, tuple[int, tuple[str, ...]]]:
+        chosen = dpo.Config(**toys.options("dpo", box) | changes)
+        return {part.name: (part.bytes, part.phases) for part in plan(chosen).parts}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if ours := OPDEFS.get(func._schema.name):
-            with self:
-                return ours._init_fn(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+    plain, before = found(), found(precompute_reference=True)
+    assert plain["policy"] == (nbytes(Policy.from_pretrained(box["model"], "none")), PAIRED)
+    assert plain["reference"] == (plain["policy"][0], ("reference", "update"))
+    assert before["reference"] == (plain["policy"][0], ("reference",))
+    assert before["pass of the reference"][1] == ("reference",)
+    assert "pass of the reference" not in plain
+    assert plain["Adam, 32 bits"] == (2 * plain["policy"][0], ("update",))
+    assert found(reference=box["small_model"])["reference"][0] < plain["reference"][0]
+    assert "reference" not in found(lora_rank=2)
+    living = "activations of a micro-batch"
+    assert found(loss="kto")[living][0] < plain[living][0] < found(batch_size=8)[living][0]
+    assert found(tokens_per_micro=1)[living][0] < plain[living][0]
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("tokens_per_micro", [10_000, 540])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
-def test_an_update_holds_what_was_planned(
-    architecture: str, tokens_per_micro: int, checkpointed: bool, tmp_path: Path
-) -> None:
-    """Tensors counted as they come and go."""
-    drawn = model(architecture, vocab_size=1000)
-    drawn.save_pretrained(tmp_path)
-    chosen = ppo.Config(
-        model=str(tmp_path), prompts="p", steps=1, minibatches=1, epochs=1, rollouts_per_step=ROWS,
-        max_prompt_tokens=PROMPT, max_new_tokens=RESPONSE, tokens_per_micro=tokens_per_micro,
-        gradient_checkpointing=checkpointed,
-    )  # fmt: skip
-    trained = Policy(drawn)
-    rollouts = generate(trained, ids([PROMPT] * ROWS), Sampling(max_new_tokens=RESPONSE, stop=()))
-    batch, _ = ppo.examine(trained, trained.frozen_copy(), rollouts, torch.linspace(-1, 1, ROWS), 0.1, chosen, 0)
-    optimizer = Optimizer(trained, chosen, 2)
-    if checkpointed:
-        checkpoint_gradients(trained.model)
-    ppo.update(trained, optimizer, batch, None, chosen, random.Random(0))
-    with Whole(trained) as meter:
-        ppo.update(trained, optimizer, batch, None, chosen, random.Random(0))
-    found = parts(plan(chosen))
-    planned = sum(found[part] for part in ("gradients", "activations of a micro-batch", "logits of the fused head"))
-    assert meter.peak == pytest.approx(planned, rel=0.08)
+# -- a whole process ---------------------------------------------------------------------------------------------------
 
 
 SCRIPT = '''
@@ -216,24 +214,29 @@ import sys, torch
 from dataclasses import replace
 from pathlib import Path
 from tests import test_planning, toys
-from twinhead.engine import ppo
+from twinhead.engine import grpo, ppo
 
 torch.set_num_threads(1)
-box, folder = toys.box(Path(sys.argv[1]) / "box"), Path(sys.argv[1])
-toys.train("ppo", box, folder / "first", reward_model=box["reward_model"])  # what loads on first use
+stage, folder, changes = sys.argv[1], Path(sys.argv[2]), eval(sys.argv[3])
+box = toys.box(folder / "box")
+toys.train(stage, box, folder / "first", **test_planning.judged(stage, box["reward_model"]))  # what loads on first use
 generated = ppo.generate
 
 def whole(policy, prompts, sampling):
     """Responses as long as planned."""
     return generated(policy, prompts, replace(sampling, stop=()))
 
-ppo.generate = whole
-test_planning.train(folder)
+ppo.generate = grpo.generate = whole
+test_planning.train(stage, folder, **changes)
 '''
 
 
-def train(folder: Path) -> None:
-    """Three steps of a model of which nothing is small."""
+def judged(stage: str, reward_model: str) -> dict[str, str]:
+    return {} if stage == "dpo" else {"reward_model": reward_model}
+
+
+def train(stage: str, folder: Path, **changes: Any) -> None:
+    """Two steps of a model of which nothing is small."""
     shape = {
         "vocab_size": 4096,
         "hidden_size": 256,
@@ -243,17 +246,40 @@ def train(folder: Path) -> None:
     }
     language_model = toys.language_model(folder / "model", **shape, tie_word_embeddings=True)
     toys.reward_model(folder / "reward", language_model)
-    ppo.train(
-        ppo.Config(
-            model=language_model, reward_model=str(folder / "reward"), output_dir=str(folder / "run"), device="cpu",
-            prompts=[{"prompt": " ".join(random.Random(i).choices(toys.COUNT, k=31))} for i in range(32)], steps=3,
-            rollouts_per_step=32, epochs=1, minibatches=2, max_prompt_tokens=32, max_new_tokens=64,
-        )
-    )  # fmt: skip
+    drawn = [random.Random(i) for i in range(32)]
+    prompts = [{"prompt": " ".join(rng.choices(toys.COUNT, k=31))} for rng in drawn]
+    long = [
+        {"prompt": "one", "chosen": " ".join(rng.choices(toys.COUNT, k=95)), "rejected": "two " * 95} for rng in drawn
+    ]
+    rollouts = {
+        "prompts": prompts,
+        "steps": 2,
+        "epochs": 1,
+        "minibatches": 2,
+        "max_prompt_tokens": 32,
+        "max_new_tokens": 64,
+    }
+    chosen: dict[str, dict[str, Any]] = {
+        "ppo": rollouts | {"rollouts_per_step": 32},
+        "grpo": rollouts | {"prompts_per_step": 8, "group_size": 4, "beta": 0.1},
+        "dpo": {"data": long, "batch_size": 16, "max_length": 96},
+    }
+    given = {"model": language_model, "output_dir": str(folder / "run"), "device": "cpu"}
+    config, fit = toys.TRAIN[stage]
+    fit(config(**given, **judged(stage, str(folder / "reward")), **chosen[stage] | changes))
 
 
 @pytest.mark.skipif(not memory.REFERENCES.exists(), reason="needs Linux: a process that can set its peak back")
-def test_every_phase_takes_what_was_planned(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("ppo", {}),
+        ("grpo", {}),
+        ("dpo", {}),
+        ("dpo", {"precompute_reference": True, "tokens_per_micro": 1920}),
+    ],
+)
+def test_every_phase_takes_what_was_planned(stage: str, changes: dict[str, Any], tmp_path: Path) -> None:
     """Within 15%, of 60 to 300 MB, in a process of its own.
 
     glibc keeps freed memory below a threshold that grows with what is freed; fixed, and with one arena, whatever is
@@ -264,45 +290,47 @@ def test_every_phase_takes_what_was_planned(tmp_path: Path) -> None:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])), "OMP_NUM_THREADS": "1",
         "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": fixed, "MALLOC_TRIM_THRESHOLD_": fixed,
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=root, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", SCRIPT, stage, str(tmp_path), repr(changes)]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     timings = list(JsonLines(tmp_path / "run" / "timings.jsonl"))
-    assert len(timings) == 3
-    seen = {}
-    for phase in PHASES:
-        line = timings[0 if phase == "load" else -1]  # from the second step on there are moments
+    assert len(timings) == 2
+    phases, seen = PAIRED if stage == "dpo" else PHASES, {}
+    for phase in phases:
+        line = timings[0 if phase in ("load", "reference") else -1]  # from the second step on there are moments
         seen[phase] = line[f"peak_mb/{phase}"], line[f"planned_mb/{phase}"]
     assert {phase: round(took / planned, 2) for phase, (took, planned) in seen.items()} == {
-        phase: pytest.approx(1, abs=0.15) for phase in PHASES
+        phase: pytest.approx(1, abs=0.15) for phase in phases
     }
     said = " ".join(done.stderr.split())
     assert "peak memory in MB, measured (planned): load " in said
     for phase, (took, planned) in seen.items():
-        assert re.search(rf"{phase} \d+ \({planned:.0f}\)", said) and took > 50
+        assert re.search(rf"{phase} \d+ \({planned:.0f}\)", said) and took > 20
 
 
 # -- reports -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("stage", ["ppo", "grpo", "dpo"])
 def test_the_command_prints_the_plan_and_loads_nothing(
-    box: Box, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    stage: str, box: Box, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     for name in ("policy", "judge"):
         (tmp_path / name).mkdir()
     (tmp_path / "policy" / "config.json").write_bytes((Path(box["model"]) / "config.json").read_bytes())
     (tmp_path / "judge" / "config.json").write_bytes((Path(box["reward_model"]) / "config.json").read_bytes())
-    given = {"model": str(tmp_path / "policy"), "reward_model": str(tmp_path / "judge"), "prompts": "none.jsonl"}
-    chosen = toys.options("ppo", box) | given | {"output_dir": str(tmp_path / "run")}
-    assert main([*toys.command("ppo", chosen), "--plan"]) == 0
+    source = "data" if stage == "dpo" else "prompts"
+    given = {"model": str(tmp_path / "policy"), source: "none.jsonl"} | judged(stage, str(tmp_path / "judge"))
+    chosen = toys.options(stage, box) | given | {"output_dir": str(tmp_path / "run")}
+    assert main([*toys.command(stage, chosen), "--plan"]) == 0
     shown = capsys.readouterr().out
-    planned = ppo.plan(ppo.Config(**chosen))
+    planned = plan(toys.TRAIN[stage][0](**chosen))
     for part in planned.parts:
         assert part.name in shown
     rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in shown.splitlines() if line.startswith("│")}
-    assert [float(cell) for cell in rows["peak"]] == [round(planned.peak(phase) / 1e6, 1) for phase in PHASES]
+    assert [float(cell) for cell in rows["peak"]] == [round(size / 1e6, 1) for size in planned.peaks.values()]
+    assert ("arrangements" in shown) == (stage == "ppo")
     assert not (tmp_path / "run").exists()
 
 
@@ -324,51 +352,16 @@ def test_an_architecture_without_a_plan_says_so(tmp_path: Path, box: Box, monkey
         plan(config(box))
 
 
+@pytest.mark.parametrize("stage", ["ppo", "grpo", "dpo"])
 def test_a_run_without_a_plan_trains_and_says_so(
-    box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stage: str, box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def unplannable(chosen: ppo.Config) -> Plan:
+    def unplannable(chosen: RunConfig) -> Plan:
         raise Unplannable("plan: expected another model")
 
-    monkeypatch.setattr(ppo, "plan", unplannable)
-    run = toys.train("ppo", box, tmp_path / "run")
-    assert len(toys.metrics(run.dir)) == 3
+    monkeypatch.setattr(planning, "plan", unplannable)
+    run = toys.train(stage, box, tmp_path / "run")
     said = capsys.readouterr().err
     assert "plan: expected another model" in said and "measured (planned)" not in said
     assert not any("planned" in name for line in run.timings for name in line)
-    assert {f"peak_mb/{phase}" for phase in PHASES} <= next(iter(run.timings)).keys()
-
-
-# -- measuring ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not memory.REFERENCES.exists(), reason="needs Linux: a process that can set its peak back")
-def test_a_peak_is_what_was_held_since_the_restart() -> None:
-    used = Memory("cpu")
-    used.restart()
-    held = torch.ones(32 * 2**20)
-    assert used.peak > 0.9 * held.nbytes
-    del held
-    assert used.peak > 100e6
-    used.restart()
-    assert used.peak < 64e6
-
-
-def test_without_linux_the_peak_is_that_of_the_whole_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "STATUS", tmp_path / "none")
-    monkeypatch.setattr(memory, "REFERENCES", tmp_path / "none" / "none")
-    monkeypatch.setattr(memory.resource, "getrusage", lambda who: lives.pop(0))
-    lives = [type("Usage", (), {"ru_maxrss": size}) for size in (1000, 3000, 3000)]
-    used = Memory("cpu")
-    assert used.peak == 2000 * 1024
-    used.restart()
-    assert used.peak == 2000 * 1024
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the device's own account of its memory")
-def test_a_gpu_counts_its_tensors() -> None:
-    used = Memory("cuda")
-    used.restart()
-    before = used.peak
-    held = torch.ones(2**20, device="cuda")
-    assert used.peak - before == held.nbytes
+    assert {f"peak_mb/{phase}" for phase in (PAIRED if stage == "dpo" else PHASES)} <= next(iter(run.timings)).keys()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tests import toys
 from tests.models import classifier, ids, model
-from twinhead.engine import ppo
+from twinhead.engine import grpo, ppo
 from twinhead.engine.batch import Example, pack
 from twinhead.engine.config import RunConfig
 from twinhead.engine.policy import Policy, RewardModel
@@ -91,8 +91,13 @@ def test_a_model_that_learns_is_refused() -> None:
         raise AssertionError("a trainable model was lent")
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_every_phase_has_the_models_that_it_asks(exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("stage", "options", "updating"),
+    [(ppo, {}, []), (ppo, {"kl_kind": "full", "kl_in": "loss"}, ["Policy"]), (grpo, {"beta": 0.1}, [])],
+)
+def test_every_phase_has_the_models_that_it_asks(
+    stage: Any, options: dict[str, Any], updating: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The reward model is lent to score, the reference to examine (for the exact divergence in the loss to update too),
     and neither stays for longer."""
     there: list[nn.Module | None] = []
@@ -114,24 +119,26 @@ def test_every_phase_has_the_models_that_it_asks(exact: bool, tmp_path: Path, mo
 
         monkeypatch.setattr(owner, name, watched)
 
-    monkeypatch.setattr(ppo, "resident", lend)
-    for owner, name in ((ppo, "generate"), (ppo.Scorer, "__call__"), (ppo, "examine"), (ppo, "update")):
+    monkeypatch.setattr(stage, "resident", lend)
+    for owner, name in ((stage, "generate"), (stage.Scorer, "__call__"), (stage, "examine"), (stage, "update")):
         watch(owner, name)
-    box = toys.box(tmp_path / "box")
-    options = {"kl_kind": "full", "kl_in": "loss"} if exact else {}
-    toys.train("ppo", box, tmp_path / "run", steps=1, reward_model=box["reward_model"], **options)
-    updating = ["Policy"] if exact else []
+    box, name = toys.box(tmp_path / "box"), stage.__name__.rpartition(".")[2]
+    toys.train(name, box, tmp_path / "run", steps=1, reward_model=box["reward_model"], **options)
     assert seen == [("generate", []), ("__call__", ["RewardModel"]), ("examine", ["Policy"]), ("update", updating)]
 
 
-def test_frozen_models_are_loaded_onto_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("stage", "options"), [(ppo, {}), (grpo, {"beta": 0.1})])
+def test_frozen_models_are_loaded_onto_the_host(
+    stage: Any, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     box, at_home = toys.box(tmp_path / "box"), []
     monkeypatch.setattr(RunConfig, "torch_device", DEVICE)
-    monkeypatch.setattr(ppo, "pinned", at_home.append)
-    chosen = toys.options("ppo", box) | {"reward_model": box["reward_model"], "device": "cuda"}
+    monkeypatch.setattr(stage, "pinned", at_home.append)
+    chosen = toys.options(stage.__name__.rpartition(".")[2], box) | options
+    chosen |= {"reward_model": box["reward_model"], "device": "cuda"}
     for offload in (False, True):
-        config, text = ppo.Config(**chosen, offload=offload), Text.from_pretrained(box["model"])
-        policy, reference, scorer = ppo.load(config, SimpleNamespace(resume_from=None), text, [])
+        config, text = stage.Config(**chosen, offload=offload), Text.from_pretrained(box["model"])
+        policy, reference, scorer = stage.load(config, SimpleNamespace(resume_from=None), text, [])
         assert policy.device == DEVICE
         assert reference.device == scorer.reward_model.device == (torch.device("cpu") if offload else DEVICE)
     assert at_home == [reference, scorer.reward_model]
