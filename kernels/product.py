@@ -15,7 +15,7 @@ from torch import Tensor
 
 FEWEST = 3 << 20  # multiplications; below, the call itself takes longer than it saves
 ROWS = 4  # at least; fewer are passes over the matrix, which MKL makes as fast
-STEPS = 8  # numbers of rows between one power of two and the next
+SMALL, SMALL_STEP, STEP = 256, 32, 128  # rows: products are of multiples of the one step, and above of the other
 TILE = 1 << 20  # numbers of a result that are computed apart, before they are put where they belong
 
 AVAILABLE = (
@@ -74,8 +74,8 @@ def whole(x: Tensor) -> Tensor:
 
 
 def wholly(rows: int) -> int:
-    """The next number of rows that comes up again: oneDNN compiles for each number, in a millisecond and a megabyte."""
-    step = max(STEPS, 1 << max(rows.bit_length() - STEPS.bit_length(), 0))
+    """The next number of rows that comes up again: oneDNN compiles for each one, in a millisecond and half a megabyte."""
+    step = SMALL_STEP if rows <= SMALL else STEP
     return -(-rows // step) * step
 
 
