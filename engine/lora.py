@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # it takes seconds to import, which only those with adapters 
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
 
+EVERY = "all-linear"  # of the trunk, as peft calls them
 LEARNER = "default"  # name of the adapter that is trained, and on
 FOLDER = "adapter"  # in a checkpoint; beside the weights, transformers would load adapters on top of what is merged
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
@@ -38,7 +40,7 @@ FINGERPRINT = "twinhead_base"  # an attribute of models whose frozen base was ha
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """What adapters look like: alpha / rank scales them; targets are the last names of layers, none: all linear."""
+    """What adapters look like: alpha / rank scales them; targets are the last names of layers, none: EVERY."""
 
     rank: int
     alpha: int
@@ -54,14 +56,20 @@ class Lora:
         return cls(config.lora_rank, alpha, config.lora_targets, config.seed)
 
     def layers(self, model: PreTrainedModel) -> dict[str, Any]:
-        """The layers of the trunk that get an adapter, by name. Raises ValueError for a target that is not there."""
+        """The layers that get an adapter, by name. Raises ValueError for a target that is not there.
+
+        EVERY names all linear layers of the trunk; the head of the vocabulary has to be named. A classifier has none.
+        """
         trunk = {id(m) for m in model.base_model.modules() if isinstance(m, nn.Linear | Conv1D)}
-        linear: dict[str, Any] = {name: m for name, m in model.named_modules() if id(m) in trunk}
-        there = sorted({name.rpartition(".")[2] for name in linear})
+        head = model.get_output_embeddings()
+        linear: dict[str, Any] = {name: m for name, m in model.named_modules() if id(m) in trunk or m is head}
+        last = {name: name.rpartition(".")[2] for name in linear}
+        every = {last[name] for name, m in linear.items() if m is not head}
+        there = sorted({EVERY, *last.values()})
         if missing := [target for target in self.targets if target not in there]:
             raise ValueError(f"lora_targets: expected some of {', '.join(there)}, got {missing[0]!r}")
-        wanted = self.targets or there
-        return {name: layer for name, layer in linear.items() if name.rpartition(".")[2] in wanted}
+        wanted = {*self.targets} | (every if not self.targets or EVERY in self.targets else set())
+        return {name: layer for name, layer in linear.items() if last[name] in wanted}
 
 
 def start(model: PreTrainedModel, lora: Lora, resume_from: str | Path | None = None) -> dict[str, Tensor]:
@@ -94,6 +102,8 @@ def _inject(model: PreTrainedModel, config: LoraConfig, name: str, empty: bool) 
     config.fan_in_fan_out = any(isinstance(layer, Conv1D) for layer in model.base_model.modules())  # GPT-2's layers
     with warnings.catch_warnings(), unset_fake_temporarily():  # peft cannot move what has no data
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several on one base are the point
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # see _untied
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # GPT-2's head is not like its layers
         inject_adapter_in_model(config, model, name, low_cpu_mem_usage=empty)
     for layer in layers(model).values():
         for linear in (m[name] for m in (layer.lora_A, layer.lora_B) if name in m):
@@ -128,6 +138,19 @@ def tensors(model: nn.Module, adapter: str = LEARNER) -> dict[str, nn.Parameter]
         if adapter in layer.lora_A
         for matrix in ("lora_A", "lora_B")
     }
+
+
+def through(layer: Any, states: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What the adapter that is on adds to a layer's states (N, H) @ W.T (H, V), as two factors: (N, rank) and (V, rank).
+
+    The first one is computed in float32, and both are rounded to the dtype of the states. None where no adapter is on.
+    """
+    if not hasattr(layer, "lora_A") or layer.disable_adapters or layer.active_adapters[0] not in layer.lora_A:
+        return None
+    on = layer.active_adapters[0]
+    with torch.autocast(states.device.type, enabled=False):
+        low = F.linear(states.float(), layer.lora_A[on].weight) * layer.scaling[on]
+    return low.to(states.dtype), layer.lora_B[on].weight.to(states.dtype)
 
 
 @contextmanager
@@ -203,7 +226,8 @@ def save(model: PreTrainedModel, folder: Path, task: str, heads: Sequence[str] =
 
     task: CAUSAL_LM or SEQ_CLS, as peft names them. heads: layers of `model` that were trained whole beside the adapter.
     """
-    model.save_pretrained(folder, state_dict=merged(model))
+    with _untied(model):
+        model.save_pretrained(folder, state_dict=merged(model))
     aside = folder / FOLDER
     aside.mkdir(exist_ok=True)
     trained = tensors(model) | {f"{PREFIX}{name}.weight": model.get_submodule(name).weight for name in heads}
@@ -217,6 +241,20 @@ def save(model: PreTrainedModel, folder: Path, task: str, heads: Sequence[str] =
     ordered = {name: sorted(value) if isinstance(value, set) else value for name, value in described.items()}
     (aside / CONFIG).write_text(json.dumps(ordered, indent=1, sort_keys=True), encoding="utf-8")
     (aside / BASE).write_text(json.dumps({"sha256": fingerprint(model)}), encoding="utf-8")
+
+
+@contextmanager
+def _untied(model: PreTrainedModel) -> Iterator[None]:
+    """In this block the configuration says that a head with an adapter is no longer the embedding, as it is merged."""
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    apart = tied and LEARNER in getattr(model.get_output_embeddings(), "lora_A", ())
+    if apart:
+        model.config.tie_word_embeddings = False
+    try:
+        yield
+    finally:
+        if apart:
+            model.config.tie_word_embeddings = True
 
 
 def saved(folder: str | Path) -> bool:

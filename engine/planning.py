@@ -118,6 +118,8 @@ def _parts(
     network: PreTrainedModel | None,
 ) -> Iterator[Part]:
     words, width = policy.get_output_embeddings().weight.shape
+    low = lora.through(policy.get_output_embeddings(), torch.empty(1, width))
+    wide = width if low is None else width + low[0].shape[1]  # of the states that the fused head reads
     valued = width if network is None else network.get_input_embeddings().weight.shape[1]
     own = [] if network is None else _own(config, network)
     batch, slots = config.rollouts_per_step, min(config.num_slots, config.rollouts_per_step)
@@ -151,7 +153,7 @@ def _parts(
     yield Part("prefill, or logits of a decoding step", max(_pass(policy, prompts), drawing), ("generate",))
     numbers = batch * (4 * length + 8 * config.max_new_tokens) * 8  # packed int64, and float32 of every response token
     yield Part("rollouts and experience", numbers, later)
-    head = _block(micro, words, width, config)
+    head = _block(micro, words, wide, config)
     several = batch > sequences * config.minibatches
     examined, valuing = (0, 0) if network is None else _valuing(network, own, micro, several)
     passed = max(_pass(reference, micro), examined, head + _rows(micro, width, config))
@@ -164,7 +166,7 @@ def _parts(
     living = _learning(policy, micro, head, several, config)
     if config.ptx_data:
         text = pack([Example([], [0] * config.ptx_max_length)] * config.ptx_batch_size)
-        living = max(living, _learning(policy, text, _block(text, words, width, config), True, config))
+        living = max(living, _learning(policy, text, _block(text, words, wide, config), True, config))
     yield Part("logits of the fused head", head, ("update",))
     yield Part("activations of a micro-batch", max(0, living - gradients - head), ("update",))
 
@@ -286,18 +288,20 @@ def _learning(model: PreTrainedModel, packed: Packed, block: int, several: bool,
     model.zero_grad()
     if config.gradient_checkpointing:
         trunk.checkpoint_gradients(model)
-    weight = model.get_output_embeddings().weight
+    layer = model.get_output_embeddings()
     with Meter(model) as meter:
         for _ in range(2 if several else 1):
             rows = trunk.packed_pass(model, packed)[packed.rows]
+            learned = [rows, layer.weight] if layer.weight.requires_grad else [rows]
+            if (low := lora.through(layer, rows)) is not None:
+                learned = [torch.cat([x, more], dim=1) for x, more in zip((rows, layer.weight), low, strict=True)]
             logits = torch.empty(block, dtype=torch.uint8)
-            learned = [rows, weight] if weight.requires_grad else [rows]
             found = [torch.empty_like(x, dtype=kind) for x, kind in zip(learned, (None, torch.float32), strict=False)]
             del logits
             slopes = [x * 1 for x in found]
             del found
             torch.autograd.backward(learned, [slopes.pop(0).to(x.dtype) for x in learned])
-            del rows, learned
+            del rows, learned, low
     model.eval()
     return meter.peak
 
