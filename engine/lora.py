@@ -141,7 +141,7 @@ def tensors(model: nn.Module, adapter: str = LEARNER) -> dict[str, nn.Parameter]
 
 
 def through(layer: Any, states: Tensor) -> tuple[Tensor, Tensor] | None:
-    """What the adapter that is on adds to a layer's states (N, H) @ W.T (H, V), as two factors: (N, rank) and (V, rank).
+    """What the adapter that is on adds to states (N, H) times W.T (H, V), as two factors: (N, rank) and (V, rank).
 
     The first one is computed in float32, and both are rounded to the dtype of the states. None where no adapter is on.
     """
