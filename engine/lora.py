@@ -58,18 +58,19 @@ class Lora:
     def layers(self, model: PreTrainedModel) -> dict[str, Any]:
         """The layers that get an adapter, by name. Raises ValueError for a target that is not there.
 
-        EVERY names all linear layers of the trunk; the head of the vocabulary has to be named. A classifier has none.
+        EVERY names all linear layers of the trunk; the embedding and the head of the vocabulary have to be named, and a
+        reward model has no such head.
         """
         trunk = {id(m) for m in model.base_model.modules() if isinstance(m, nn.Linear | Conv1D)}
-        head = model.get_output_embeddings()
-        linear: dict[str, Any] = {name: m for name, m in model.named_modules() if id(m) in trunk or m is head}
-        last = {name: name.rpartition(".")[2] for name in linear}
-        every = {last[name] for name, m in linear.items() if m is not head}
+        words = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+        found: dict[str, Any] = {name: m for name, m in model.named_modules() if id(m) in trunk | words}
+        last = {name: name.rpartition(".")[2] for name in found}
+        every = {last[name] for name, m in found.items() if id(m) not in words}
         there = sorted({EVERY, *last.values()})
         if missing := [target for target in self.targets if target not in there]:
             raise ValueError(f"lora_targets: expected some of {', '.join(there)}, got {missing[0]!r}")
         wanted = {*self.targets} | (every if not self.targets or EVERY in self.targets else set())
-        return {name: layer for name, layer in linear.items() if last[name] in wanted}
+        return {name: layer for name, layer in found.items() if last[name] in wanted}
 
 
 def start(model: PreTrainedModel, lora: Lora, resume_from: str | Path | None = None) -> dict[str, Tensor]:
@@ -106,10 +107,10 @@ def _inject(model: PreTrainedModel, config: LoraConfig, name: str, empty: bool) 
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # GPT-2's head is not like its layers
         inject_adapter_in_model(config, model, name, low_cpu_mem_usage=empty)
     for layer in layers(model).values():
-        for linear in (m[name] for m in (layer.lora_A, layer.lora_B) if name in m):
-            shape, device = linear.weight.shape, layer.get_base_layer().weight.device
-            drawn = torch.empty(shape, dtype=torch.float32, device=device) if empty else linear.weight.detach().float()
-            linear.weight = nn.Parameter(drawn)
+        for place in _places(layer, name).values():
+            made, device = getattr(*place), layer.get_base_layer().weight.device
+            drawn = torch.empty(made.shape, dtype=torch.float32, device=device) if empty else made.detach().float()
+            setattr(*place, nn.Parameter(drawn))
     if learning:  # peft has turned the newest one on
         for layer in layers(model).values():
             layer.set_adapter(LEARNER)
@@ -133,10 +134,18 @@ def layers(model: nn.Module) -> dict[str, LoraLayer]:
 def tensors(model: nn.Module, adapter: str = LEARNER) -> dict[str, nn.Parameter]:
     """A and B of every layer of one adapter, by the names that peft gives them in files."""
     return {
-        f"{PREFIX}{name}.{matrix}.weight": getattr(layer, matrix)[adapter].weight
+        f"{PREFIX}{name}.{matrix}": getattr(*place)
         for name, layer in layers(model).items()
-        if adapter in layer.lora_A
-        for matrix in ("lora_A", "lora_B")
+        for matrix, place in _places(layer, adapter).items()
+    }
+
+
+def _places(layer: LoraLayer, adapter: str) -> dict[str, tuple[nn.Module, str]]:
+    """Where A and B of a layer stand, by their names in peft's files: a module, and the name of its parameter."""
+    linear = {f"{part}.weight": getattr(layer, part) for part in ("lora_A", "lora_B")}
+    embedding = {part: getattr(layer, part) for part in ("lora_embedding_A", "lora_embedding_B")}
+    return {part: (held[adapter], "weight") for part, held in linear.items() if adapter in held} | {
+        part: (held, adapter) for part, held in embedding.items() if adapter in held
     }
 
 
@@ -201,7 +210,7 @@ def _state(model: PreTrainedModel, adapter: str | None) -> dict[str, Tensor]:
         if not part or part.startswith("base_layer."):
             state[name.removesuffix(part) + part.removeprefix("base_layer.")] = tensor
     for name, layer in adapted.items():
-        if adapter is not None and adapter in layer.lora_A:
+        if adapter is not None and _places(layer, adapter):
             weight = layer.get_base_layer().weight
             state[f"{name}.weight"] = (weight.float() + layer.get_delta_weight(adapter)).to(weight.dtype).cpu()
     return state
@@ -245,9 +254,10 @@ def save(model: PreTrainedModel, folder: Path, task: str, heads: Sequence[str] =
 
 @contextmanager
 def _untied(model: PreTrainedModel) -> Iterator[None]:
-    """In this block the configuration says that a head with an adapter is no longer the embedding, as it is merged."""
-    tied = getattr(model.config, "tie_word_embeddings", False)
-    apart = tied and LEARNER in getattr(model.get_output_embeddings(), "lora_A", ())
+    """In this block the configuration says that head and embedding, one of which has an adapter, are two matrices."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    apart = getattr(model.config, "tie_word_embeddings", False) and head is not None
+    apart = apart and bool({head, embedding} & {*layers(model).values()})
     if apart:
         model.config.tie_word_embeddings = False
     try:
