@@ -1,4 +1,4 @@
-"""Adapters that reach the head of the vocabulary: kernels, sampler, merged model and peft must all agree."""
+"""Adapters that reach the vocabulary's two matrices: kernels, sampler, merged model and peft must all agree."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests import toys
 from tests.models import ARCHITECTURES, ids, model, tiny
 from tests.test_lora import few, move, packed, same, without
 from tests.test_planning import Whole
-from twinhead.engine import backbone, lora, penalty, ppo
+from twinhead.engine import backbone, lora, penalty, ppo, weights
 from twinhead.engine.arrangements import arrangements
 from twinhead.engine.generate import generate
 from twinhead.engine.lora import Lora
 from twinhead.engine.optim import Optimizer
 from twinhead.engine.planning import plan
-from twinhead.engine.policy import Policy
+from twinhead.engine.policy import Policy, RewardModel
 from twinhead.engine.reference import policy_fingerprint
 from twinhead.engine.sampling import Sampling
 from twinhead.engine.text import Text
@@ -48,7 +48,8 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Box:
     paths = toys.box(folder)
     paths["tied"] = toys.language_model(folder / "tied", tie_word_embeddings=True)
     for name in ("model", "tied"):
-        toys.train("reward", paths, folder / f"judge_of_{name}", model=paths[name], lora_rank=RANK, learning_rate=1e-2)
+        chosen = {"model": paths[name], "lora_rank": RANK, "lora_targets": ("all-linear", "embed_tokens")}
+        toys.train("reward", paths, folder / f"judge_of_{name}", **chosen, learning_rate=1e-2)
         paths[f"judge_of_{name}"] = str(folder / f"judge_of_{name}")
     return paths
 
@@ -95,10 +96,27 @@ def test_all_linear_is_the_default_and_the_head_has_to_be_named() -> None:
     assert lora.num_weights(model(), SMALL) == sum(p.numel() for p in headed.values())
 
 
+def test_the_embedding_may_be_named_too() -> None:
+    chosen = Lora(RANK, 8, ("embed_tokens", "lm_head"))
+    policy = Policy.from_pretrained(model(), dtype=torch.bfloat16, lora=chosen)
+    found = lora.tensors(policy.model)
+    assert {name.removeprefix(lora.PREFIX): tuple(p.shape) for name, p in found.items()} == {
+        "model.embed_tokens.lora_embedding_A": (RANK, 61), "model.embed_tokens.lora_embedding_B": (32, RANK),
+        "lm_head.lora_A.weight": (RANK, 32), "lm_head.lora_B.weight": (61, RANK),
+    }  # fmt: skip
+    assert {p.dtype for p in found.values()} == {torch.float32}
+    assert lora.num_weights(model(), chosen) == sum(p.numel() for p in found.values())
+    assert {name for name, p in policy.model.named_parameters() if p.requires_grad} == {
+        name for name, p in policy.model.named_parameters() if "lora" in name
+    }
+    policy(packed()).logprobs.sum().backward()
+    assert policy.model.get_input_embeddings().lora_embedding_A["default"].grad.abs().max() > 0  # B is drawn here
+
+
 def test_a_target_that_is_not_there_is_refused(box: Box, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^lora_targets: expected some of all-linear, .*, lm_head, .*, got 'score'$"):
         Policy.from_pretrained(model(), lora=Lora(RANK, 8, ("score",)))
-    sentence = r"^lora_targets: expected some of all-linear, down_proj, gate_proj, k_proj, o_proj, .*, got 'lm_head'$"
+    sentence = r"^lora_targets: expected some of all-linear, down_proj, embed_tokens, gate_proj, .*, got 'lm_head'$"
     with pytest.raises(ValueError, match=sentence):
         toys.train("reward", box, tmp_path / "run", lora_rank=RANK, lora_targets=TARGETS)
 
@@ -215,13 +233,24 @@ def test_new_adapters_change_nothing_and_every_step_counts_as_a_version() -> Non
 # -- what is saved -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tied", [None, True, False])
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
-def test_the_merged_export_is_what_was_trained(architecture: str, tied: bool | None, tmp_path: Path) -> None:
-    if tied is not None and architecture not in HEADS:
-        return
-    base = tiny(architecture, tmp_path / "base", **{} if tied is None else {"tie_word_embeddings": tied})
-    policy = Policy.from_pretrained(base, lora=SMALL)
+def names(architecture: str) -> tuple[str, str]:
+    """What an architecture calls its embedding and its head."""
+    made = model(architecture)
+    words = (made.get_input_embeddings(), made.get_output_embeddings())
+    first, second = (next(name for name, m in made.named_modules() if m is one) for one in words)
+    return first.rpartition(".")[2], second.rpartition(".")[2]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("architecture", "targets"),
+    [*((name, "both") for name in ARCHITECTURES), *((name, one) for name in HEADS for one in ("head", "embedding"))],
+)
+def test_the_merged_export_is_what_was_trained(architecture: str, tied: bool, targets: str, tmp_path: Path) -> None:
+    embedding, head = names(architecture)
+    chosen = {"head": (head,), "embedding": (embedding,), "both": (embedding, head)}[targets]
+    base = tiny(architecture, tmp_path / "base", tie_word_embeddings=tied)
+    policy = Policy.from_pretrained(base, lora=Lora(RANK, 2 * RANK, ("all-linear", *chosen)))
     move(policy.model)
     before, described = {n: t.clone() for n, t in policy.model.state_dict().items()}, policy.model.config.to_dict()
     policy.save_pretrained(tmp_path / "saved")
@@ -231,14 +260,15 @@ def test_the_merged_export_is_what_was_trained(architecture: str, tied: bool | N
     torch.testing.assert_close(read(packed()).logprobs, policy(packed()).logprobs, rtol=0, atol=1e-5)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     assert same(dict(plain.state_dict()), read.model.state_dict())
-    embeddings = [m.get_input_embeddings().weight for m in (plain, policy.model)]
-    assert torch.equal(*embeddings)
-    assert plain.get_output_embeddings().weight is not embeddings[0]
     assert not plain.config.tie_word_embeddings
-    assert (plain.get_output_embeddings().weight - policy.head.weight).abs().max() > 1e-2
+    for name, ours, theirs in (
+        (embedding, plain.get_input_embeddings(), policy.model.get_input_embeddings()),
+        (head, plain.get_output_embeddings(), policy.head),
+    ):
+        assert (not torch.equal(ours.weight, theirs.weight)) == (name in chosen)
 
 
-def test_an_export_without_the_head_stays_tied(tmp_path: Path) -> None:
+def test_an_export_with_adapters_on_the_trunk_stays_tied(tmp_path: Path) -> None:
     policy = Policy.from_pretrained(tiny("gpt2", tmp_path / "base"), lora=Lora(RANK, 8))
     policy.save_pretrained(tmp_path / "saved")
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
@@ -250,7 +280,7 @@ def test_an_export_without_the_head_stays_tied(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 def test_peft_reads_it(architecture: str, tied: bool, tmp_path: Path) -> None:
     base = tiny(architecture, tmp_path / "base", tie_word_embeddings=tied)
-    policy = Policy.from_pretrained(base, lora=SMALL)
+    policy = Policy.from_pretrained(base, lora=Lora(RANK, 8, ("all-linear", *names(architecture))))
     move(policy.model)
     policy.save_pretrained(tmp_path / "saved")
     theirs = peft.PeftModel.from_pretrained(
@@ -280,6 +310,8 @@ def test_generation_is_that_of_the_merged_model(tmp_path: Path) -> None:
 
 STAGES: dict[str, dict[str, Any]] = {
     "sft": {},
+    "reward": {"lora_targets": ("all-linear", "embed_tokens")},
+    "ppo, and the embedding": {"lora_targets": (*TARGETS, "embed_tokens")},
     "ppo": {"ptx_data": "{documents}"},
     "ppo, all on one base": {"reward_model": "{judge_of_model}", "reward_functions": (), "share": "all"},
     "ppo, all on a tied base": {
@@ -295,11 +327,14 @@ STAGES: dict[str, dict[str, Any]] = {
 def test_a_run_learns_the_head_and_goes_on_bit_by_bit(case: str, box: Box, tmp_path: Path) -> None:
     stage = case.replace(",", "").split()[0]
     given = {name: toys.filled(value, box) for name, value in STAGES[case].items()}
-    given |= {"lora_rank": RANK, "lora_targets": TARGETS, "save_every": 1, "keep_checkpoints": 99}
+    given = {"lora_rank": RANK, "lora_targets": TARGETS, "save_every": 1, "keep_checkpoints": 99} | given
     run = tmp_path / "run"
     toys.train(stage, box, run, **given | {"learning_rate": 1e-2})
     learned = load_file(run / lora.FOLDER / lora.WEIGHTS)
-    assert learned["base_model.model.lm_head.lora_B.weight"].abs().max() > 1e-3
+    if "lm_head" in given["lora_targets"]:
+        assert learned["base_model.model.lm_head.lora_B.weight"].abs().max() > 1e-3
+    if "embed_tokens" in given["lora_targets"]:
+        assert learned["base_model.model.model.embed_tokens.lora_embedding_A"].abs().max() > 1e-3
     metrics, files = toys.metrics(run), toys.files(run)
     if stage == "ppo":
         assert metrics[0]["policy/first_ratio_gap"] < 1e-5
@@ -324,7 +359,9 @@ def test_a_guest_on_its_base_has_no_part_in_the_head(box: Box, tmp_path: Path) -
     move(policy.model)
     guest = backbone.reward_model(policy, box["judge_of_model"], Text.from_pretrained(box["model"]))
     expected = policy(few()).logprobs
-    guest(few())
+    torch.testing.assert_close(
+        guest(few()), RewardModel.from_pretrained(box["judge_of_model"])(few()), rtol=0, atol=1e-5
+    )
     assert torch.equal(policy(few()).logprobs, expected)
 
 
@@ -349,6 +386,9 @@ def test_the_plan_and_the_arrangements_count_it(box: Box) -> None:
         assert other.weights - one.weights == (more if adapted else 0)
         assert other.learning - one.learning == (3 * more if adapted else 0)
     before, after = ({part.name: part.bytes for part in plan(chosen).parts} for chosen in (plain, headed))
+    described = Lora(RANK, 2 * RANK, ("all-linear", "embed_tokens"))
+    size = 4 * (lora.num_weights(weights.load_classifier(box["judge_of_model"]), described) + 32)
+    assert before["adapter and head of the reward model"] == after["adapter and head of the reward model"] == size
     grown = {name: after[name] - size for name, size in before.items() if after[name] != size}
     assert {name: grown.pop(name) for name in ("policy", "Adam, 32 bits", "gradients")} == {
         "policy": more, "Adam, 32 bits": 2 * more, "gradients": more,
