@@ -95,5 +95,5 @@ def table(found: Mapping[int, Mapping[str, Any]]) -> Table:
         mean = {key: statistics.mean(point[key] for point in last) for key in ("win_rate", "gold", "kl")}
         size = next(iter(found.values()))["weights"][arm]
         cells = (f"{p['win_rate']:.3f} / {p['gold']:.2f} / {p['kl']:.1f}" for p in (*last, mean))
-        rows.add_row(arm, f"{size:.2f}", *cells)
+        rows.add_row(arm, f"{size:.3f}", *cells)
     return rows
