@@ -14,11 +14,12 @@ def main() -> None:
     if given.command == "quality":
         import transformers
 
-        from benchmarks import comparison, quality
+        from benchmarks import comparison, quality, sharing
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         quality.main(given.seeds, given.runs, given.results)
+        sharing.main(given.seeds, given.runs, given.results)
         comparison.main(given.seeds, given.runs, given.results)
     elif given.command == "kernels":
         from benchmarks import kernels

@@ -84,22 +84,25 @@ class Reviews:
             )
         )  # fmt: skip
 
-    def reward_model(self, name: str, labels: Labels, model: str, rankings: str = "", draw: int = 0) -> Run:
+    def reward_model(
+        self, name: str, labels: Labels, model: str, rankings: str = "", draw: int = 0, **changes: Any
+    ) -> Run:
         """Rankings of four answers of the SFT model (those of the reward model `rankings`), and one that learns them.
 
-        Another `draw` reads the rankings in another order.
+        Another `draw` reads the rankings in another order; changes are options of its training.
         """
         rankings = rankings or name
         for part, num in (("", labels.prompts), ("_heldout", 256)):
             target = self.folder / f"{rankings}{part}.jsonl"
             if not target.exists():
                 write_file(target, "".join(json.dumps(row) + "\n" for row in self._ranked(num, labels.noise, part)))
+        given: dict[str, Any] = {"learning_rate": 1e-3} | changes
         return reward.train(
             reward.Config(
                 model=model, data=self.path(f"{rankings}.jsonl"), eval_data=self.path(f"{rankings}_heldout.jsonl"),
                 demonstrations=self.path("demonstrations.jsonl"), output_dir=self.path(name),
-                seed=self.seed + 1000 * draw, epochs=labels.epochs, batch_size=16, max_length=32, learning_rate=1e-3,
-                schedule="cosine", save_every=100,
+                seed=self.seed + 1000 * draw, epochs=labels.epochs, batch_size=16, max_length=32, schedule="cosine",
+                save_every=100, **given,
             )
         )  # fmt: skip
 
@@ -110,9 +113,17 @@ class Reviews:
         return labeler.compare(policy, self.text, asked, reviews.judge, sampling, num_responses=4, noise=noise)
 
     def ppo(
-        self, name: str, reward_model: str, *, steps: int, kl_coef: float, learning_rate: float, eval_every: int
+        self,
+        name: str,
+        reward_model: str,
+        *,
+        steps: int,
+        kl_coef: float,
+        learning_rate: float,
+        eval_every: int,
+        **changes: Any,
     ) -> Run:
-        """PPO against one of the reward models."""
+        """PPO against one of the reward models, with changed options."""
         sft_model = Policy.from_pretrained(self.path("sft"), critic="none")
         asked = data.prompts(reviews.prompts(CONTEST_PROMPTS, self.seed + 7), self.text, reviews.PROMPT_TOKENS)
         proxy = RewardModel.from_pretrained(self.path(reward_model))
@@ -122,7 +133,7 @@ class Reviews:
                 model=self.path("sft"), reward_model=self.path(reward_model), prompts=self.path("prompts.jsonl"),
                 output_dir=self.path(name), seed=self.seed, steps=steps, learning_rate=learning_rate, kl_coef=kl_coef,
                 max_prompt_tokens=reviews.PROMPT_TOKENS, max_new_tokens=reviews.COMPLETION_TOKENS,
-                eval_every=eval_every, save_every=10,
+                eval_every=eval_every, save_every=10, **changes,
             ),
             evaluate=contest,
         )  # fmt: skip

@@ -49,6 +49,8 @@ def arrangements(config: PPO) -> list[Arrangement]:
         trunk: list[nn.Parameter] = list(model.base_model.parameters())  # a critic and a reward model have another head
         lora.attach(model, chosen, empty=True)
         adapter: list[nn.Parameter] = list(lora.tensors(model).values())
+        ids = {id(p) for p in model.base_model.parameters()}
+        guest = [p for p in adapter if id(p) in ids]  # a reward model has no head of the vocabulary to adapt
         head = [nn.Parameter(torch.empty(model.get_input_embeddings().weight.shape[1] + 1, dtype=torch.float32))]
 
         def arranged(name: str, models: Sequence[nn.Parameter], learners: Sequence[nn.Parameter]) -> Arrangement:
@@ -60,7 +62,7 @@ def arrangements(config: PPO) -> list[Arrangement]:
             arranged("four models", every + every + critic + critic, every + critic),
             arranged("one trunk", every + head + every + critic, every + head),
             arranged(f"adapters of {rank}", every + adapter + head + critic, adapter + head),
-            arranged(f"share all, {rank}", every + adapter + head + adapter + head, adapter + head),
+            arranged(f"share all, {rank}", every + adapter + head + guest + head, adapter + head),
         ]
 
 

@@ -38,6 +38,9 @@ class BasePolicy(Policy):
         with torch.no_grad(), lora.using(self.model, None):
             return super().hidden(packed)
 
+    def low_rank(self, rows: Tensor) -> None:
+        """The base's head has no adapter."""
+
     def state(self) -> dict[str, Tensor]:
         """The tensors of the base."""
         return lora.base(self.model)

@@ -59,7 +59,8 @@ class RunConfig:
     lora_alpha: int | None = None
     """What adapters add is scaled by lora_alpha / lora_rank; None: by 2."""
     lora_targets: tuple[str, ...] = ()
-    """Layers that get an adapter, such as q_proj; none: all linear layers of the trunk."""
+    """Layers that get an adapter, such as q_proj; none: all-linear, those of the trunk. The vocabulary's head and the
+    embedding, mostly lm_head and embed_tokens, have to be named: all-linear lm_head."""
     save_every: int = 0
     """Steps between checkpoints to resume from; 0: only at the end."""
     keep_checkpoints: int = 1

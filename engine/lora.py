@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # it takes seconds to import, which only those with adapters 
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
 
+EVERY = "all-linear"  # of the trunk, as peft calls them
 LEARNER = "default"  # name of the adapter that is trained, and on
 FOLDER = "adapter"  # in a checkpoint; beside the weights, transformers would load adapters on top of what is merged
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
@@ -38,7 +40,7 @@ FINGERPRINT = "twinhead_base"  # an attribute of models whose frozen base was ha
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """What adapters look like: alpha / rank scales them; targets are the last names of layers, none: all linear."""
+    """What adapters look like: alpha / rank scales them; targets are the last names of layers, none: EVERY."""
 
     rank: int
     alpha: int
@@ -54,14 +56,21 @@ class Lora:
         return cls(config.lora_rank, alpha, config.lora_targets, config.seed)
 
     def layers(self, model: PreTrainedModel) -> dict[str, Any]:
-        """The layers of the trunk that get an adapter, by name. Raises ValueError for a target that is not there."""
+        """The layers that get an adapter, by name. Raises ValueError for a target that is not there.
+
+        EVERY names all linear layers of the trunk; the embedding and the head of the vocabulary have to be named, and a
+        reward model has no such head.
+        """
         trunk = {id(m) for m in model.base_model.modules() if isinstance(m, nn.Linear | Conv1D)}
-        linear: dict[str, Any] = {name: m for name, m in model.named_modules() if id(m) in trunk}
-        there = sorted({name.rpartition(".")[2] for name in linear})
+        words = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+        found: dict[str, Any] = {name: m for name, m in model.named_modules() if id(m) in trunk | words}
+        last = {name: name.rpartition(".")[2] for name in found}
+        every = {last[name] for name, m in found.items() if id(m) not in words}
+        there = sorted({EVERY, *last.values()})
         if missing := [target for target in self.targets if target not in there]:
             raise ValueError(f"lora_targets: expected some of {', '.join(there)}, got {missing[0]!r}")
-        wanted = self.targets or there
-        return {name: layer for name, layer in linear.items() if name.rpartition(".")[2] in wanted}
+        wanted = {*self.targets} | (every if not self.targets or EVERY in self.targets else set())
+        return {name: layer for name, layer in found.items() if last[name] in wanted}
 
 
 def start(model: PreTrainedModel, lora: Lora, resume_from: str | Path | None = None) -> dict[str, Tensor]:
@@ -94,12 +103,14 @@ def _inject(model: PreTrainedModel, config: LoraConfig, name: str, empty: bool) 
     config.fan_in_fan_out = any(isinstance(layer, Conv1D) for layer in model.base_model.modules())  # GPT-2's layers
     with warnings.catch_warnings(), unset_fake_temporarily():  # peft cannot move what has no data
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several on one base are the point
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # see _untied
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # GPT-2's head is not like its layers
         inject_adapter_in_model(config, model, name, low_cpu_mem_usage=empty)
     for layer in layers(model).values():
-        for linear in (m[name] for m in (layer.lora_A, layer.lora_B) if name in m):
-            shape, device = linear.weight.shape, layer.get_base_layer().weight.device
-            drawn = torch.empty(shape, dtype=torch.float32, device=device) if empty else linear.weight.detach().float()
-            linear.weight = nn.Parameter(drawn)
+        for place in _places(layer, name).values():
+            made, device = getattr(*place), layer.get_base_layer().weight.device
+            drawn = torch.empty(made.shape, dtype=torch.float32, device=device) if empty else made.detach().float()
+            setattr(*place, nn.Parameter(drawn))
     if learning:  # peft has turned the newest one on
         for layer in layers(model).values():
             layer.set_adapter(LEARNER)
@@ -123,11 +134,32 @@ def layers(model: nn.Module) -> dict[str, LoraLayer]:
 def tensors(model: nn.Module, adapter: str = LEARNER) -> dict[str, nn.Parameter]:
     """A and B of every layer of one adapter, by the names that peft gives them in files."""
     return {
-        f"{PREFIX}{name}.{matrix}.weight": getattr(layer, matrix)[adapter].weight
+        f"{PREFIX}{name}.{matrix}": getattr(*place)
         for name, layer in layers(model).items()
-        if adapter in layer.lora_A
-        for matrix in ("lora_A", "lora_B")
+        for matrix, place in _places(layer, adapter).items()
     }
+
+
+def _places(layer: LoraLayer, adapter: str) -> dict[str, tuple[nn.Module, str]]:
+    """Where A and B of a layer stand, by their names in peft's files: a module, and the name of its parameter."""
+    linear = {f"{part}.weight": getattr(layer, part) for part in ("lora_A", "lora_B")}
+    embedding = {part: getattr(layer, part) for part in ("lora_embedding_A", "lora_embedding_B")}
+    return {part: (held[adapter], "weight") for part, held in linear.items() if adapter in held} | {
+        part: (held, adapter) for part, held in embedding.items() if adapter in held
+    }
+
+
+def through(layer: Any, states: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What the adapter that is on adds to states (N, H) times W.T (H, V), as two factors: (N, rank) and (V, rank).
+
+    The first one is computed in float32, and both are rounded to the dtype of the states. None where no adapter is on.
+    """
+    if not hasattr(layer, "lora_A") or layer.disable_adapters or layer.active_adapters[0] not in layer.lora_A:
+        return None
+    on = layer.active_adapters[0]
+    with torch.autocast(states.device.type, enabled=False):
+        low = F.linear(states.float(), layer.lora_A[on].weight) * layer.scaling[on]
+    return low.to(states.dtype), layer.lora_B[on].weight.to(states.dtype)
 
 
 @contextmanager
@@ -178,7 +210,7 @@ def _state(model: PreTrainedModel, adapter: str | None) -> dict[str, Tensor]:
         if not part or part.startswith("base_layer."):
             state[name.removesuffix(part) + part.removeprefix("base_layer.")] = tensor
     for name, layer in adapted.items():
-        if adapter is not None and adapter in layer.lora_A:
+        if adapter is not None and _places(layer, adapter):
             weight = layer.get_base_layer().weight
             state[f"{name}.weight"] = (weight.float() + layer.get_delta_weight(adapter)).to(weight.dtype).cpu()
     return state
@@ -203,7 +235,8 @@ def save(model: PreTrainedModel, folder: Path, task: str, heads: Sequence[str] =
 
     task: CAUSAL_LM or SEQ_CLS, as peft names them. heads: layers of `model` that were trained whole beside the adapter.
     """
-    model.save_pretrained(folder, state_dict=merged(model))
+    with _untied(model):
+        model.save_pretrained(folder, state_dict=merged(model))
     aside = folder / FOLDER
     aside.mkdir(exist_ok=True)
     trained = tensors(model) | {f"{PREFIX}{name}.weight": model.get_submodule(name).weight for name in heads}
@@ -217,6 +250,21 @@ def save(model: PreTrainedModel, folder: Path, task: str, heads: Sequence[str] =
     ordered = {name: sorted(value) if isinstance(value, set) else value for name, value in described.items()}
     (aside / CONFIG).write_text(json.dumps(ordered, indent=1, sort_keys=True), encoding="utf-8")
     (aside / BASE).write_text(json.dumps({"sha256": fingerprint(model)}), encoding="utf-8")
+
+
+@contextmanager
+def _untied(model: PreTrainedModel) -> Iterator[None]:
+    """In this block the configuration says that head and embedding, one of which has an adapter, are two matrices."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    apart = getattr(model.config, "tie_word_embeddings", False) and head is not None
+    apart = apart and bool({head, embedding} & {*layers(model).values()})
+    if apart:
+        model.config.tie_word_embeddings = False
+    try:
+        yield
+    finally:
+        if apart:
+            model.config.tie_word_embeddings = True
 
 
 def saved(folder: str | Path) -> bool:

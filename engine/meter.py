@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
-from twinhead.engine import attention, trunk
+from twinhead.engine import attention, lora, trunk
 from twinhead.engine.batch import Packed, cumulative
 from twinhead.engine.config import RunConfig
 from twinhead.kernels._head import blocks
@@ -74,6 +74,8 @@ def of_rows(model: PreTrainedModel, packed: Packed, config: RunConfig) -> int:
 def of_a_block(model: PreTrainedModel, packed: Packed, config: RunConfig) -> int:
     """A block of float32 logits; off the GPU half precision is multiplied in float32, by a copy of the head."""
     rows, (words, width) = next(blocks(packed.targets)).stop, model.get_output_embeddings().weight.shape
+    low = lora.through(model.get_output_embeddings(), torch.empty(1, width))
+    width += 0 if low is None else low[0].shape[1]  # of the states that the fused head reads
     widened = config.dtype != "float32" and config.device_type == "cpu"
     return 4 * rows * words + (4 * words * width if widened else 0)
 
@@ -92,15 +94,17 @@ def of_learning(model: PreTrainedModel, packed: Packed, config: RunConfig, sever
     model.zero_grad()
     if config.gradient_checkpointing:
         trunk.checkpoint_gradients(model)
-    weight, block = model.get_output_embeddings().weight, of_a_block(model, packed, config)
+    layer, block = model.get_output_embeddings(), of_a_block(model, packed, config)
     with Meter(model) as meter:
         for _ in range(2 if several else 1):
-            rows = trunk.packed_pass(model, packed)[packed.rows]
+            rows, weight = trunk.packed_pass(model, packed)[packed.rows], layer.weight
+            if (low := lora.through(layer, rows)) is not None:
+                rows, weight = (torch.cat([x, more], dim=1) for x, more in zip((rows, weight), low, strict=True))
             if early:
                 loss = EarlyHead.apply(rows, weight, block)
             else:
                 loss = LateHead.apply(rows, weight, block)
-                del rows
+                del rows, weight, low
             loss.backward()
             del loss
     model.eval()

@@ -68,9 +68,9 @@ def exact(policy: Policy, rows: Tensor, reference: Policy, ref_rows: Tensor, tem
     """(R,) float32 nats: KL(pi || pi_ref) at every row, from states (R, H) and (R, H')."""
     heads = []
     for model, states in ((policy, rows), (reference, ref_rows)):
-        vocabulary = model.vocabulary
-        scale = vocabulary["logit_scale"]
-        heads += [states if scale == 1.0 else states * scale, vocabulary["weight"]]
+        vocabulary = model.vocabulary(states)
+        hidden, scale = vocabulary["hidden"], vocabulary["logit_scale"]
+        heads += [hidden if scale == 1.0 else hidden * scale, vocabulary["weight"]]
     return linear_kl(*heads, temperature=temperature)
 
 
@@ -94,12 +94,12 @@ def charges(
 def check_heads(policy: Policy, reference: Policy) -> None:
     """Raise ValueError where the exact divergence is not that of hidden @ weight.T, or the vocabularies differ."""
     for model in (policy, reference):
-        head = model.vocabulary
-        if head["bias"] is not None or head["softcap"] is not None:
-            extra = "a bias" if head["bias"] is not None else "a softcap"
+        bias = getattr(model.head, "bias", None)
+        if bias is not None or model.logit_transform.softcap is not None:
+            extra = "a bias" if bias is not None else "a softcap"
             raise ValueError(
                 f"kl_kind: full expects a language-model head without bias and softcap, got one with {extra}"
             )
-    ours, theirs = (len(model.vocabulary["weight"]) for model in (policy, reference))
+    ours, theirs = (len(model.head.weight) for model in (policy, reference))
     if ours != theirs:
         raise ValueError(f"kl_kind: full expects a reference with the policy's {ours} rows of vocabulary, got {theirs}")

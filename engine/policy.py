@@ -65,7 +65,7 @@ class Policy(nn.Module):
             self.network = Branch(model, branch_layers)
             self.network.self_check(model)
         elif critic in ("shared", "detached"):
-            self.value_head = critics.value_head(self._head().weight.shape[1], model.device)
+            self.value_head = critics.value_head(self.head.weight.shape[1], model.device)
 
     @classmethod
     def from_pretrained(
@@ -150,19 +150,25 @@ class Policy(nn.Module):
     def score(self, rows: Tensor, packed: Packed, *, temperature: float = 1.0, entropy: bool = True) -> Scored:
         """The same from the states (R, H) of these rows."""
         scored: Any = linear_logprob(
-            rows, targets=packed.targets, temperature=temperature, return_entropy=entropy, **self.vocabulary
+            targets=packed.targets, temperature=temperature, return_entropy=entropy, **self.vocabulary(rows)
         )
         logprobs, entropies = scored if entropy else (scored, None)
         return Scored(logprobs, entropies, self.values(rows))
 
-    @property
-    def vocabulary(self) -> dict[str, Any]:
-        """What the fused kernels must know of the language-model head, as keyword arguments."""
-        head, transform = self._head(), self.logit_transform
+    def vocabulary(self, rows: Tensor) -> dict[str, Any]:
+        """What the fused kernels must know to read states (R, H) by the language-model head, as keyword arguments.
+
+        An adapter of the head makes both wider by its rank: W h + B A h is [W, B] [h, A h], where no small step is lost
+        as it would be in W + B A rounded to half precision.
+        """
+        head, transform = self.head, self.logit_transform
         weight, bias = head.weight, getattr(head, "bias", None)
         if getattr(self.model, trunk.MIXED, False):  # as the sampler sees them
             weight, bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
+        if (low := self.low_rank(rows)) is not None:
+            rows, weight = torch.cat([rows, low[0]], dim=1), torch.cat([weight, low[1].to(weight.dtype)], dim=1)
         return {
+            "hidden": rows,
             "weight": weight,
             "bias": bias,
             "softcap": transform.softcap,
@@ -209,12 +215,15 @@ class Policy(nn.Module):
 
     def logits(self, rows: Tensor) -> Tensor:
         """(B, H) -> (B, V), for the sampler alone: training never builds them."""
-        weight, bias = self._head().weight, getattr(self._head(), "bias", None)
+        weight, bias = self.head.weight, getattr(self.head, "bias", None)
+        low = self.low_rank(rows)
         if weight.is_cuda and weight.dtype == rows.dtype and weight.itemsize == 2:  # the trainer does not round either
             logits = torch.mm(rows, weight.t(), out_dtype=torch.float32)
+            logits = logits if low is None else logits + torch.mm(low[0], low[1].t(), out_dtype=torch.float32)
             return self.logit_transform(logits if bias is None else logits + bias)
         with trunk.precision(self.model):
-            return self.logit_transform(linear(rows, weight, bias))
+            logits = linear(rows, weight, bias)
+            return self.logit_transform(logits if low is None else logits + F.linear(*low))
 
     def prefill(self, packed: Packed, cache: SlotCache, slots: list[int]) -> Tensor:
         """(S, H): run prompts into cache slots; the hidden state of each one's last token."""
@@ -270,7 +279,13 @@ class Policy(nn.Module):
         reference.logit_transform = self.logit_transform
         return reference
 
-    def _head(self) -> nn.Linear:
+    def low_rank(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What an adapter of the head makes of states (N, H): (N, rank), and (V, rank) that it then goes through."""
+        return adapters.through(self.head, rows)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The language-model head, whose matrix is (V, H)."""
         head = self.model.get_output_embeddings()
         assert head is not None, "a causal language model has output embeddings"
         return head

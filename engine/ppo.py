@@ -313,10 +313,10 @@ def learn(
     with torch.set_grad_enabled(not warming):
         rows = policy.hidden(e.packed)[e.packed.rows]  # (R, H): only these meet the vocabulary, and the critic
         policy_loss, stats, logprobs = linear_ppo_loss(
-            rows, targets=e.packed.targets, old_logprobs=e.logprobs, advantages=e.advantages,
+            targets=e.packed.targets, old_logprobs=e.logprobs, advantages=e.advantages,
             clip_low=config.clip_low, clip_high=config.clip_high, entropy_coef=config.entropy_coef,
             temperature=config.temperature, normalizer=num_tokens, return_logprobs=True,
-            **policy.vocabulary, **(charged.estimate(e) if charged is not None else {}),
+            **policy.vocabulary(rows), **(charged.estimate(e) if charged is not None else {}),
         )  # fmt: skip
         if charged is not None and charged.exact:
             nats = charged.nats(policy, rows, e).sum() / num_tokens

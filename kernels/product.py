@@ -74,7 +74,7 @@ def whole(x: Tensor) -> Tensor:
 
 
 def wholly(rows: int) -> int:
-    """The next number of rows that comes up again: oneDNN compiles for each one, in a millisecond and half a megabyte."""
+    """The next number of rows that comes up again: oneDNN compiles for each, in a millisecond and half a megabyte."""
     step = SMALL_STEP if rows <= SMALL else STEP
     return -(-rows // step) * step
 

@@ -265,7 +265,7 @@ def test_the_options_of_a_command_reach_it(
     words: str, module: str, expected: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[Any, ...]] = []
-    modules = [module, "comparison"] if module == "quality" else [module]
+    modules = [module, "sharing", "comparison"] if module == "quality" else [module]
     for name in modules:
         monkeypatch.setattr(importlib.import_module(f"benchmarks.{name}"), "main", lambda *given: seen.append(given))
     monkeypatch.setattr(sys, "argv", ["benchmarks", *words.split()])

@@ -109,8 +109,8 @@ def test_targets_are_chosen_by_name() -> None:
     made = model()
     lora.attach(made, Lora(RANK, 8, ("q_proj", "v_proj")))
     assert {name.rpartition(".")[2] for name in lora.layers(made)} == {"q_proj", "v_proj"}
-    with pytest.raises(ValueError, match=r"^lora_targets: expected some of down_proj, .*v_proj, got 'lm_head'$"):
-        Policy.from_pretrained(model(), lora=Lora(RANK, 8, ("q_proj", "lm_head")))
+    with pytest.raises(ValueError, match=r"^lora_targets: expected some of all-linear, .*v_proj, got 'score'$"):
+        Policy.from_pretrained(model(), lora=Lora(RANK, 8, ("q_proj", "score")))
 
 
 @pytest.mark.parametrize("targets", [(), ("q_proj", "up_proj")])
