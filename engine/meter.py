@@ -18,6 +18,9 @@ from twinhead.engine import attention, lora, trunk
 from twinhead.engine.batch import Packed, cumulative
 from twinhead.engine.config import RunConfig
 from twinhead.kernels._head import blocks
+from twinhead.kernels.product import TILE, served, wholly
+
+COMPILED = 576 << 10  # bytes of the code for one shape
 
 
 class Meter(TorchDispatchMode):
@@ -65,6 +68,14 @@ def of_a_pass(model: PreTrainedModel, packed: Packed) -> int:
     return meter.peak
 
 
+def of_compiled(model: PreTrainedModel, rows: int, config: RunConfig) -> int:
+    """What oneDNN keeps of products with so many rows: code for every shape of a matrix."""
+    if config.device_type != "cpu" or config.dtype != "float32":
+        return 0
+    shapes = {module.weight.shape for module in model.modules() if isinstance(module, nn.Linear)}
+    return COMPILED * sum(served(torch.empty(rows, width), torch.empty(words, width)) for words, width in shapes)
+
+
 def of_rows(model: PreTrainedModel, packed: Packed, config: RunConfig) -> int:
     """The hidden states of all tokens, and of those that predict."""
     width = model.get_input_embeddings().weight.shape[1]
@@ -72,12 +83,19 @@ def of_rows(model: PreTrainedModel, packed: Packed, config: RunConfig) -> int:
 
 
 def of_a_block(model: PreTrainedModel, packed: Packed, config: RunConfig) -> int:
-    """A block of float32 logits; off the GPU half precision is multiplied in float32, by a copy of the head."""
-    rows, (words, width) = next(blocks(packed.targets)).stop, model.get_output_embeddings().weight.shape
-    low = lora.through(model.get_output_embeddings(), torch.empty(1, width))
+    """A block of float32 logits; off the GPU half precision is multiplied in float32, by a copy of the head.
+
+    oneDNN's has rows behind it, and beside it a piece of what is being multiplied.
+    """
+    layer, rows = model.get_output_embeddings(), next(blocks(packed.targets)).stop
+    words, width = layer.weight.shape
+    low = lora.through(layer, torch.empty(1, width))
     width += 0 if low is None else low[0].shape[1]  # of the states that the fused head reads
-    widened = config.dtype != "float32" and config.device_type == "cpu"
-    return 4 * rows * words + (4 * words * width if widened else 0)
+    widened = 4 * words * width if config.dtype != "float32" and config.device_type == "cpu" else 0
+    if config.device_type == "cpu" and served(torch.empty(rows, width), torch.empty(words, width)):
+        largest = words * max(wholly(rows), width if layer.weight.requires_grad or low is not None else 0)
+        return 4 * (wholly(rows) * words + min(TILE, largest)) + widened
+    return 4 * rows * words + widened
 
 
 def of_a_scoring(model: PreTrainedModel, packed: Packed, config: RunConfig) -> int:

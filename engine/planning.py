@@ -315,6 +315,11 @@ def _rollouts(
     yield Part("prefill, or logits of a decoding step", max(meter.of_a_pass(policy, prompts), drawing), ("generate",))
     numbers = step.responses * (4 * length + 8 * config.max_new_tokens) * 8  # packed int64, float32 of response tokens
     yield Part("rollouts and experience", numbers, LATER)
+    drawn = meter.of_compiled(policy, slots, config) + meter.of_compiled(policy, len(prompts.tokens), config)
+    yield Part("compiled products of generating", drawn, LATER)
+    scored = sum(meter.of_compiled(judge, len(step.scored.tokens), config) for judge in judges)
+    yield Part("compiled products of the reward model", scored, LATER[1:])
+    yield Part("compiled products of examining", meter.of_compiled(policy, len(step.micro.tokens), config), LATER[2:])
 
 
 def _update(config: RunConfig, policy: PreTrainedModel, micro: Packed, living: int, beside: int = 0) -> Iterator[Part]:
@@ -322,6 +327,8 @@ def _update(config: RunConfig, policy: PreTrainedModel, micro: Packed, living: i
     gradients, logits = sum(p.nbytes for p in _learning(policy)) + beside, meter.of_a_block(policy, micro, config)
     yield Part("gradients", gradients, ("update",))
     yield Part("logits of the fused head", logits, ("update",))
+    compiled = 2 * meter.of_compiled(policy, len(micro.tokens), config)  # beside those of examining, or of a reference
+    yield Part("compiled products of backward", compiled, ("update",))
     yield Part("activations of a micro-batch", max(0, living - gradients - logits), ("update",))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from twinhead.kernels.product import TILE, add, fill, linear, served, whole, wholly
+from twinhead.kernels.product import add, fill, served, whole, wholly
 
 # Every block reads and writes the whole gradient of the matrix once, which pays off from a few hundred rows: for
 # linear_ppo_loss on a CPU, 512 rows are within 4% of the best size at 512, 4096, 32000 and 151936 words, and 64 rows
@@ -60,17 +60,13 @@ class Head:
     def products(self, hidden: Tensor) -> Tensor:
         """hidden @ weight.T, (n, D) -> (n, V), in the working dtype; the next call overwrites the result."""
         rows, words = len(hidden), len(self.weight)
-        wide = hidden.to(self.weight.dtype)
-        if served(wide, self.weight) and wholly(rows) * words <= TILE:
-            self._memory = linear(whole(wide), self.weight)
-            return self._memory[:rows]
-        if self._memory is None or len(self._memory) < rows:  # new memory costs a page fault every 4 KB
-            on_cpu = hidden.device.type == "cpu"
-            shape = (wholly(rows), words) if on_cpu else (rows, -(-words // GROUP) * GROUP)
-            self._memory = hidden.new_empty(shape, dtype=self.dtype)[:, :words]
-        products = self._memory[:rows]
-        if served(wide, self.weight):
+        if by_onednn := served(wide := hidden.to(self.weight.dtype), self.weight):
             wide = whole(wide)
+        if self._memory is None or len(self._memory) < len(wide):  # new memory costs a page fault every 4 KB
+            stride = words if hidden.device.type == "cpu" else -(-words // GROUP) * GROUP
+            self._memory = hidden.new_empty(len(wide), stride, dtype=self.dtype)[:, :words]
+        products = self._memory[:rows]
+        if by_onednn:
             fill(self._memory[: len(wide)], wide, self.weight)
             return products
         if hidden.dtype == self.weight.dtype != self.dtype:

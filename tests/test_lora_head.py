@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from tests import toys
 from tests.models import ARCHITECTURES, ids, model, tiny
 from tests.test_lora import few, move, packed, same, without
-from tests.test_planning import Whole
+from tests.test_meter import Whole
 from twinhead.engine import backbone, lora, penalty, ppo, weights
 from twinhead.engine.arrangements import arrangements
 from twinhead.engine.generate import generate

@@ -105,9 +105,8 @@ def test_it_can_be_switched_off(calls: list, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("tile", [16, 64, 1 << 20])
 @pytest.mark.parametrize("rows", [5, 16, 37])
 def test_the_fused_head_is_the_same(rows: int, tile: int, calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two blocks or more, the last of another size; the products stand in memory that is used again, or in new one."""
+    """Two blocks or more, the last of another size, in memory that is used again, tile by tile."""
     monkeypatch.setattr(product, "TILE", tile)
-    monkeypatch.setattr("twinhead.kernels._head.TILE", tile)
     hidden, weight = numbers(2 * rows - 1, 6), numbers(40, 6)
     targets = torch.arange(len(hidden)) % 40
     old, advantages = numbers(len(hidden), seed=2).mul(0.1) - 3.7, numbers(len(hidden), seed=3)
