@@ -7,6 +7,7 @@ torch gives products of half precision to oneDNN, and those of float32 to MKL, w
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 FEWEST = 3 << 20  # multiplications; below, the call itself takes longer than it saves
 ROWS = 4  # at least; fewer are passes over the matrix, which MKL makes as fast
-SMALL, SMALL_STEP, STEP = 256, 32, 128  # rows: products are of multiples of the one step, and above of the other
+STEPS = {16: 64, 32: 256, 128: inf}  # products have a multiple of so many rows, if they are that few
 TILE = 1 << 20  # numbers of a result that are computed apart, before they are put where they belong
 
 AVAILABLE = (
@@ -75,7 +76,7 @@ def whole(x: Tensor) -> Tensor:
 
 def wholly(rows: int) -> int:
     """The next number of rows that comes up again: oneDNN compiles for each, in a millisecond and half a megabyte."""
-    step = SMALL_STEP if rows <= SMALL else STEP
+    step = next(step for step, most in STEPS.items() if rows <= most)
     return -(-rows // step) * step
 
 

@@ -72,8 +72,8 @@ def test_only_what_needs_a_gradient_is_multiplied(calls: list) -> None:
 def test_numbers_of_rows_come_up_again(calls: list) -> None:
     for rows in range(4, 513):
         product.linear(numbers(rows, 4), numbers(6, 4))
-    assert len({rows for rows, _ in calls}) == 256 / 32 + 256 / 128
-    assert [product.wholly(n) for n in (8, 33, 256, 257, 384, 1000)] == [32, 64, 256, 384, 384, 1024]
+    assert len({rows for rows, _ in calls}) == 64 / 16 + 192 / 32 + 256 / 128
+    assert [product.wholly(n) for n in (8, 33, 65, 256, 257, 384, 1000)] == [16, 48, 96, 256, 384, 384, 1024]
 
 
 @pytest.mark.parametrize(
